@@ -1,1 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The command line: one file a command; torch is imported once a command runs, not before."""
+
+import sys
+from importlib import import_module
+
+from anabranch import __version__
+from anabranch.errors import FAILED, AnabranchError, UsageError, did_you_mean
+
+COMMANDS = {
+    "measure": "does sharing hurt? a transfer matrix with intervals and a verdict for each task",
+    "pretrain": "learn from a folder of images with experts for its clusters, or without as the control",
+    "customize": "hand back, for one task, the ordinary checkpoint that serves it",
+    "demo": "see it all on images that ship with the package, in ten minutes",
+    "report": "build the page of a run again, finished or not",
+    "list": "every method, from its card",
+    "doctor": "is this machine ready?",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    return (
+        f"anabranch {__version__}: safe, scalable transfer with dynamic experts\n\n"
+        f"usage: anabranch COMMAND [OPTIONS]\n\n{rows}\n\n"
+        "  anabranch COMMAND --help   the options of a command\n"
+        "  anabranch demo transfer    the place to start\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0 done, 1 failed, 2 wrong usage, 3 a check failed, 75 stopped."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UsageError(f"there is no command {arguments[0]!r}", hint=did_you_mean(arguments[0], COMMANDS))
+        code: int = import_module(f"anabranch.cli.{arguments[0]}").main(arguments[1:])
+        return code
+    except AnabranchError as error:
+        print(f"anabranch: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("anabranch: interrupted", file=sys.stderr)
+        return FAILED

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`anabranch measure`: does sharing hurt?"""
+
+from dataclasses import dataclass
+
+from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.errors import DONE
+from anabranch.jobs.settings import MeasureFlags, MeasureSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(FileAndSet, MeasureFlags):
+    """Does one shared model hurt a task? Trains a model a source and one on all, and probes each on every task."""
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Flags, argv, "measure")
+    settings = settle(MeasureSettings, flags, argv)
+    from anabranch.jobs.measure import measure
+
+    result = measure(settings)
+    print("\n".join(task["sentence"] for task in result["tasks"]))
+    print(f"\nmatrix  {settings.out / 'transfer.json'}\npage    {settings.out / 'report.html'}")
+    return DONE

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open the images of a job so that all of them fit one model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from anabranch.data.images import Images, concat, open_images
+from anabranch.errors import UsageError
+from anabranch.measure import probes
+from anabranch.models.vit_mae import patch_size_for
+
+TEST_SHARE = 0.5
+
+
+def short_name(spec: str) -> str:
+    """patchwork:garments -> garments, photos/birds/ -> birds."""
+    return spec.rpartition(":")[2] if spec.startswith(("patchwork:", "corpus:")) else Path(spec).resolve().name
+
+
+def check_names(specs: Sequence[str], what: str, at_least: int) -> tuple[str, ...]:
+    names = tuple(short_name(spec) for spec in specs)
+    if len(names) < at_least:
+        raise UsageError(
+            f"too few {what}", expected=f"at least {at_least}", received=len(names), hint=f"--{what} DIR DIR"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"two {what} are called {twice[0]!r}", expected="names that differ", hint="rename a folder")
+    return names
+
+
+def open_together(
+    specs: Sequence[str], labelled: Sequence[bool], image_size: int | None, channels: int | None, preset: str | None
+) -> list[Images]:
+    """All folders at one size and with one number of channels: the largest found, unless they are given."""
+    opened = [
+        open_images(spec, image_size=image_size, channels=channels, labelled=with_labels)
+        for spec, with_labels in zip(specs, labelled, strict=True)
+    ]
+    size = image_size or max(images.image_size for images in opened)
+    depth = channels or max(images.channels for images in opened)
+    if preset is not None:
+        patch_size_for(preset, size)
+    return [
+        replace(
+            images
+            if (images.image_size, images.channels) == (size, depth)
+            else open_images(spec, image_size=size, channels=depth, labelled=with_labels),
+            name=short_name(spec),
+        )
+        for spec, images, with_labels in zip(specs, opened, labelled, strict=True)
+    ]
+
+
+def with_split(task: Images, seed: int = 0) -> Images:
+    """The task with a test half, drawn here where the folder brought none."""
+    if task.is_test is not None:
+        return task
+    return replace(task, is_test=torch.from_numpy(probes.split(task.labels.numpy(), TEST_SHARE, seed)))
+
+
+def at_most(images: Images, count: int, seed: int) -> Images:
+    """A random subset, the same for the same seed."""
+    if len(images) <= count:
+        return images
+    return images.take(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
+
+
+def mixture(pools: Sequence[Images]) -> Images:
+    return replace(concat(pools), name="all")

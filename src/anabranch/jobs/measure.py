@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is there negative transfer? Train a model on each source and one on all, probe every model on every task.
+
+Every finished model is kept as a small JSON file, so that a stopped run goes on where it was.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anabranch.data.images import Images
+from anabranch.data.streams import ShuffledIndices
+from anabranch.errors import Stopped, UsageError
+from anabranch.jobs.corpus import at_most, check_names, mixture, open_together, with_split
+from anabranch.jobs.embed import embed
+from anabranch.jobs.parallel import side_by_side
+from anabranch.jobs.progress import Progress
+from anabranch.jobs.settings import MeasureSettings
+from anabranch.measure.conflict import gradient_conflict
+from anabranch.measure.intervals import interval
+from anabranch.measure.probes import PROBES, ProbeConfig, probe
+from anabranch.measure.relatedness import agreement, relatedness
+from anabranch.measure.transfer import SHARED, TransferScores, summarise
+from anabranch.models import vit_mae
+from anabranch.specialize.mae import MaskedAutoencoding, masked_images
+from anabranch.train.loop import TrainConfig, train
+from anabranch.train.run_folder import RunFolder
+from anabranch.train.signals import StopFlag
+
+PRIMARY = "linear"
+CONFLICT_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Corpus:
+    sources: tuple[Images, ...]
+    tasks: tuple[Images, ...]
+    own: tuple[int, ...]
+    """For each task its source, or -1 where no source has its name and relatedness decides."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to train: which images, for how long, with which seed."""
+
+    model: str
+    members: tuple[int, ...]
+    seed: int
+    steps: int
+    batch_size: int
+    images_a_source: int | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}.seed-{self.seed}"
+
+
+def measure(settings: MeasureSettings) -> dict[str, Any]:
+    """Train, probe, summarise; writes transfer.json and report.html into the run and returns what the former holds."""
+    with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), settings.resume) as run:
+        corpus = open_corpus(settings)
+        cells = plan(settings, corpus)
+        results = run_cells(run.path / "models", cells, (settings, corpus), settings.workers, stop)
+        result = conclude(settings, corpus, cells, results)
+        write_json(run.path / "transfer.json", result)
+    from anabranch.jobs.pages import write_transfer_page
+
+    write_transfer_page(settings.out)
+    return result
+
+
+def _plain(settings: MeasureSettings) -> dict[str, Any]:
+    """For the configuration file: what decides the numbers, so neither `resume` nor the number of processes."""
+    hidden = ("out", "resume", "workers")
+    values = {name: value for name, value in asdict(settings).items() if name not in hidden}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def open_corpus(settings: MeasureSettings) -> Corpus:
+    source_names = check_names(settings.sources, "sources", 2)
+    task_names = check_names(settings.tasks, "tasks", 1)
+    specs = [*settings.sources, *settings.tasks]
+    labelled = [spec in settings.tasks for spec in settings.sources] + [True] * len(settings.tasks)
+    opened = open_together(specs, labelled, settings.image_size, settings.channels, settings.preset)
+    # a folder that is source and task gives its training half only, or the test images would be learned from
+    sources = [
+        (with_split(images) if labels else images).unlabelled()
+        for images, labels in zip(opened[: len(source_names)], labelled, strict=False)
+    ]
+    for images in sources:
+        if len(images) < 2:
+            raise UsageError(f"source {images.name} has too few images", expected="at least 2", received=len(images))
+    tasks = [with_split(at_most(task, settings.max_images, seed=0)) for task in opened[len(source_names) :]]
+    own = tuple(source_names.index(name) if name in source_names else -1 for name in task_names)
+    return Corpus(tuple(sources), tuple(tasks), own)
+
+
+def plan(settings: MeasureSettings, corpus: Corpus) -> list[Cell]:
+    """Every model to train under the budget; `steps` are those of a model of one source."""
+    count = len(corpus.sources)
+    everything = tuple(range(count))
+    sizes = [len(images) for images in corpus.sources]
+    groups = {images.name: (i,) for i, images in enumerate(corpus.sources)} | {SHARED: everything}
+    if settings.leave_one_out:
+        groups |= {f"without-{corpus.sources[i].name}": tuple(j for j in everything if j != i) for i in everything}
+    cells = []
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+        for name, members in groups.items():
+            cell = Cell(name, members, seed, settings.steps, settings.batch_size)
+            if settings.budget == "equal-epochs":
+                share = sum(sizes[i] for i in members) / (sum(sizes) / count)
+                cell = replace(cell, steps=max(round(settings.steps * share), 1))
+            elif settings.budget == "equal-images":
+                cell = replace(cell, images_a_source=max(min(sizes) // len(members), 1))
+            elif settings.budget == "equal-exposure":
+                cell = replace(cell, batch_size=max(round(settings.batch_size * len(members) / count), 1))
+            cells.append(cell)
+    return cells
+
+
+def run_cells(
+    folder: Path, cells: Sequence[Cell], shared: tuple[Any, Any], workers: int | None, stop: StopFlag
+) -> dict[str, Any]:
+    """{cell key: result}, trained now or read from a former attempt."""
+    folder.mkdir(exist_ok=True)
+    results = {
+        cell.key: json.loads(path.read_text()) for cell in cells if (path := folder / f"{cell.key}.json").exists()
+    }
+    missing = [cell for cell in cells if cell.key not in results]
+    with Progress("models", total=len(cells), done=len(results)) as progress:
+        for cell, result in side_by_side(train_and_probe, shared, missing, workers, lambda: stop.is_set):
+            write_json(folder / f"{cell.key}.json", result)
+            results[cell.key] = result
+            progress.advance(f"{cell.model}, seed {cell.seed}: loss {result['losses'][-1][1]:.3f}")
+    if stop.is_set:
+        raise Stopped(
+            f"stopped with {len(results)} of {len(cells)} models finished", hint="the same command with --resume"
+        )
+    return results
+
+
+def train_and_probe(shared: tuple[MeasureSettings, Corpus], cell: Cell) -> dict[str, Any]:
+    """One model from scratch, probed on all tasks on its way and at its end."""
+    settings, corpus = shared
+    started = time.perf_counter()
+    pools = [corpus.sources[i] for i in cell.members]
+    if cell.images_a_source is not None:
+        pools = [at_most(pool, cell.images_a_source, cell.seed) for pool in pools]
+    pool = mixture(pools)
+    model = vit_mae.build(settings.preset, image_size=pool.image_size, channels=pool.channels, seed=cell.seed)
+    indices = ShuffledIndices(len(pool), cell.batch_size, cell.seed)
+    stream = masked_images(pool, model, indices, seed=cell.seed, augment=settings.augment)
+    points = {round(cell.steps * (i + 1) / settings.probe_points) for i in range(settings.probe_points)}
+    scores: dict[int, dict[str, Any]] = {}
+
+    def on_step(step: int, logs: Mapping[str, Tensor]) -> None:
+        if step in points:
+            scores[step] = probe_tasks(model, corpus.tasks, settings, cell.seed)
+
+    config = train_config(settings, cell)
+    trained = train(MaskedAutoencoding(model), stream, config, on_step=on_step)
+    result = {
+        "model": cell.model,
+        "seed": cell.seed,
+        "steps": cell.steps,
+        "batch_size": cell.batch_size,
+        "images": len(pool),
+        "losses": thinned(trained.losses),
+        "scores": {str(step): value for step, value in sorted(scores.items())},
+        "seconds": time.perf_counter() - started,
+    }
+    if cell.model == SHARED:
+        result |= look_inside(model, corpus, cell.seed)
+    return result
+
+
+def train_config(settings: MeasureSettings, cell: Cell) -> TrainConfig:
+    return TrainConfig(
+        steps=cell.steps,
+        batch_size=cell.batch_size,
+        learning_rate=settings.learning_rate,
+        warmup_steps=min(settings.warmup_steps, cell.steps // 2),
+        seed=cell.seed,
+    )
+
+
+def thinned(losses: Sequence[float], most: int = 60) -> list[list[float]]:
+    """At most `most` points (step, loss) of a curve, each the mean of the losses since the last."""
+    ends = np.linspace(0, len(losses), min(most, len(losses)) + 1).round().astype(int)
+    return [[int(end), float(np.mean(losses[start:end]))] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def probe_tasks(
+    model: torch.nn.Module, tasks: Sequence[Images], settings: Any, seed: int, features: Callable[..., Tensor] = embed
+) -> dict[str, Any]:
+    """{task: {probe: {choose, report}}} of frozen features."""
+    config = ProbeConfig(num_labels=settings.num_labels, num_draws=settings.num_draws)
+    return {
+        task.name: {
+            name: asdict(scores)
+            for name, scores in probe(
+                features(model, task).numpy(), task.labels.numpy(), task.is_test.numpy(), config, seed
+            ).items()
+        }
+        for task in tasks
+    }
+
+
+def look_inside(model: torch.nn.Module, corpus: Corpus, seed: int) -> dict[str, Any]:
+    """What only the shared model can tell: which source a task looks like, and whose gradients oppose whose."""
+    few = [at_most(images, 1000, seed) for images in (*corpus.sources, *corpus.tasks)]
+    features = [embed(model, images).numpy() for images in few]
+    count = len(corpus.sources)
+    generator = torch.Generator().manual_seed(seed)
+    num_patches = model.vit.embeddings.patch_embeddings.num_patches
+
+    def loss_of(images: Images) -> Callable[[int], Tensor]:
+        order = torch.randperm(len(images), generator=generator)[: 2 * CONFLICT_IMAGES]
+        halves = order.chunk(2)
+        noise = torch.rand(len(order), num_patches, generator=generator).chunk(2)
+
+        def loss(half: int) -> Tensor:
+            pixel_values = vit_mae.normalise(images.store.read(halves[half]))
+            return vit_mae.masked_loss(model, pixel_values, noise[half]).loss
+
+        return loss
+
+    conflict = gradient_conflict(model, [loss_of(images) for images in corpus.sources])
+    return {
+        "relatedness": relatedness(features[count:], features[:count], seed=seed).tolist(),
+        "conflict": conflict.tolist(),
+    }
+
+
+def conclude(
+    settings: MeasureSettings, corpus: Corpus, cells: Sequence[Cell], results: dict[str, Any]
+) -> dict[str, Any]:
+    """Scores of all cells -> everything that transfer.json says."""
+    sources = [images.name for images in corpus.sources]
+    tasks = [task.name for task in corpus.tasks]
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    related = np.mean([results[f"{SHARED}.seed-{seed}"]["relatedness"] for seed in seeds], axis=0)
+    own = tuple(int(related[t].argmax()) if named < 0 else named for t, named in enumerate(corpus.own))
+
+    def table(models: Sequence[str], probe_name: str, half: str) -> np.ndarray:
+        cell = [[results[f"{model}.seed-{seed}"]["scores"] for model in models] for seed in seeds]
+        return np.array([[[list(s.values())[-1][t][probe_name][half] for t in tasks] for s in row] for row in cell])
+
+    def scores(probe_name: str) -> TransferScores:
+        without = [f"without-{name}" for name in sources]
+        return TransferScores(
+            sources=tuple(sources),
+            tasks=tuple(tasks),
+            own=own,
+            choose=table([*sources, SHARED], probe_name, "choose"),
+            report=table([*sources, SHARED], probe_name, "report"),
+            without=table(without, probe_name, "report") if settings.leave_one_out else None,
+        )
+
+    summaries = {name: summarise(scores(name)) for name in PROBES}
+    best = [sources.index(task["best"]) for task in summaries[PRIMARY]["tasks"]]
+    return {
+        "sources": {images.name: len(images) for images in corpus.sources},
+        "quarantine": {i.name: len(i.quarantine) for i in (*corpus.sources, *corpus.tasks) if i.quarantine},
+        "seeds": settings.seeds,
+        "budget": settings.budget,
+        "budget_in_words": budget_in_words(settings, cells),
+        "primary": f"{PRIMARY} probe, {settings.num_labels} labels, {settings.num_draws} draws",
+        **summaries[PRIMARY],
+        "knn": summaries["knn"],
+        "relatedness": related.tolist(),
+        "relatedness_agrees": agreement(related, best),
+        "conflict": np.mean([results[f"{SHARED}.seed-{seed}"]["conflict"] for seed in seeds], axis=0).tolist(),
+        "curves": curves(results, tasks),
+        "seconds": sum(result["seconds"] for result in results.values()),
+    }
+
+
+def budget_in_words(settings: MeasureSettings, cells: Sequence[Cell]) -> str:
+    of = {cell.model: cell for cell in cells}
+    shared, one = of[SHARED], next(cell for cell in cells if len(cell.members) == 1)
+    what = {
+        "equal-steps": "every model gets the same number of optimiser steps and images; the shared one divides them",
+        "equal-images": "every model learns from equally many different images: composition alone differs",
+        "equal-epochs": "every model sees each of its images equally often: the shared one trains longer",
+        "equal-exposure": "every image is seen equally often by its own model and the shared one, in as many steps",
+    }[settings.budget]
+    return (
+        f"{settings.budget}: {what} (one source: {one.steps} steps of {one.batch_size} images; "
+        f"shared: {shared.steps} steps of {shared.batch_size})"
+    )
+
+
+def curves(results: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """Accuracy over steps, mean over tasks with its interval over seeds, for every model."""
+    models: dict[str, list[dict[str, Any]]] = {}
+    for result in results.values():
+        models.setdefault(result["model"], []).append(result)
+    made = {}
+    for name, runs in models.items():
+        steps = list(runs[0]["scores"])
+        spread = [
+            interval([float(np.mean([run["scores"][step][t][PRIMARY]["report"] for t in tasks])) for run in runs])
+            for step in steps
+        ]
+        made[name] = {
+            "steps": [int(step) for step in steps],
+            "accuracy": [point.as_dict() for point in spread],
+            "per_task": {
+                t: [float(np.mean([run["scores"][step][t][PRIMARY]["report"] for run in runs])) for step in steps]
+                for t in tasks
+            },
+            "loss": runs[0]["losses"],
+        }
+    return made

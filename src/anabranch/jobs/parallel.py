@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many small trainings side by side: one process a core, one thread a process."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+_shared: Any = None
+
+
+def _start(shared: Any) -> None:
+    global _shared
+    _shared = shared
+    torch.set_num_threads(1)  # spinning threads of neighbours cost several-fold
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _call(function: Callable[[Any, Any], Any], item: Any) -> Any:
+    return function(_shared, item)
+
+
+def num_workers(asked: int | None, num_items: int) -> int:
+    return max(min(asked or len(os.sched_getaffinity(0)), num_items), 1)
+
+
+def side_by_side(
+    function: Callable[[Any, Any], Any],
+    shared: Any,
+    items: Sequence[Any],
+    workers: int | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (item, function(shared, item)) as they finish; stops early, without waiting, once `stopped()`.
+
+    `shared` is handed to every process once, its tensors without a copy.
+    """
+    count = num_workers(workers, len(items))
+    if count == 1:
+        threads = torch.get_num_threads()
+        for item in items:
+            if stopped():
+                return
+            yield item, function(shared, item)
+        torch.set_num_threads(threads)
+        return
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    context = torch.multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(shared,))
+    try:
+        futures = {pool.submit(_call, function, item): item for item in items}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+            if stopped():
+                break
+    finally:
+        for process in list((pool._processes or {}).values()):
+            if stopped():
+                process.terminate()
+        pool.shutdown(wait=not stopped(), cancel_futures=True)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the jobs can be told. The first class of a pair holds the flags, the second every further setting.
+
+Light on purpose: the command line reads these without importing torch.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Budget = Literal["equal-steps", "equal-images", "equal-epochs", "equal-exposure"]
+Method = Literal["moce", "mae", "token-moe"]
+Scope = Literal["ffn", "blocks", "encoder"]
+Select = Literal["cluster", "path", "knn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureFlags:
+    sources: tuple[str, ...] = ()
+    """Folders to learn from, one a domain; or patchwork:NAME for a domain that ships with the package."""
+    tasks: tuple[str, ...] = ()
+    """Folders of labelled images, one folder a class; train/ and test/ inside are respected."""
+    out: Path = Path("runs/measure")
+    """The run folder to write."""
+    objective: Literal["mae"] = "mae"
+    """How the models learn."""
+    steps: int = 1500
+    """Optimiser steps of the model of a source."""
+    seeds: int = 3
+    """Repetitions; a verdict needs at least two."""
+    budget: Budget = "equal-steps"
+    """What is held equal between the models of one source and the shared one."""
+    preset: str = "tiny"
+    """Size of the model: tiny, small or base."""
+    leave_one_out: bool = False
+    """Also train the shared model without each source, to say which of them harms."""
+    resume: bool = False
+    """Go on with a run that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings(MeasureFlags):
+    first_seed: int = 0
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    warmup_steps: int = 60
+    num_labels: int = 300
+    num_draws: int = 3
+    image_size: int | None = None
+    channels: Literal[1, 3] | None = None
+    probe_points: int = 3
+    """Points of the learning curve, the last one at the end of training."""
+    max_images: int = 20_000
+    """Images of a task that are embedded for its probe."""
+    augment: bool = False
+    workers: int | None = None
+    """Processes that train models side by side; as many as cores by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainFlags:
+    images: tuple[str, ...] = ()
+    """Folders of images, any nesting, no labels needed; or patchwork:NAME."""
+    method: Method = "moce"
+    """moce: experts for clusters; mae: the plain model; token-moe: experts chosen by token, the control."""
+    out: Path = Path("runs/pretrain")
+    """The run folder to write."""
+    base: Path | None = None
+    """A masked autoencoder to start from (transformers folder); trained here when left out."""
+    experts: int = 4
+    """Experts in every layer that has them."""
+    clusters: str = "auto"
+    """How many clusters the images are divided into, or auto."""
+    steps: int = 1500
+    """Optimiser steps of this method; a base trained here gets as many before."""
+    preset: str = "tiny"
+    """Size of a base that is trained here: tiny, small or base."""
+    expert_scope: Scope = "ffn"
+    """What an expert owns: the feed-forward network of a block (the paper's), whole blocks, or the encoder."""
+    resume: bool = False
+    """Go on with a run that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(PretrainFlags):
+    seed: int = 0
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    """Peak of the base; the stage with experts peaks at `expert_learning_rate`."""
+    expert_learning_rate: float = 3e-3
+    warmup_steps: int = 60
+    weight_decay: float = 0.05
+    base_steps: int | None = None
+    """Steps of a base that is trained here; `steps` by default."""
+    save_every: int = 500
+    image_size: int | None = None
+    channels: Literal[1, 3] | None = None
+    augment: bool = False
+    mixed_precision: Literal["no", "bf16"] = "no"
+    assignment: Literal["gate", "fixed"] = "fixed"
+    """gate: a learned gate sees the cluster; fixed: balanced groups of clusters are the experts."""
+    expert_layers: tuple[int, ...] | None = None
+    """Blocks that get experts; None takes all blocks of a model up to 4 deep, else the last two odd ones."""
+    gate_scale: Literal["straight_through", "prob", "renormalised"] = "straight_through"
+    temperature: float = 1.0
+    noise_std: float | None = None
+    init_noise: float = 1e-2
+    aux_loss_coef: float = 0.01
+    balance: Literal["hard", "soft"] = "hard"
+    entropy_coef: float = 0.0
+    distill_coef: float = 0.0
+    cluster_embedding: Literal["centroid", "learned"] = "centroid"
+    clusterer: Literal["sinkhorn", "kmeans", "random"] = "sinkhorn"
+    """random: clusters of the same sizes without meaning, the control."""
+    mixed_target: float = 1.0
+    """1 asks for clusters of equal size; below that, partly for the sizes that k-means finds."""
+    fit_images: int = 256_000
+    """Images that the clusters are fitted on; the rest is assigned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomizeFlags:
+    run: Path = Path("runs/pretrain")
+    """A finished run of anabranch pretrain."""
+    task: str = ""
+    """A folder of the task's images; labels are needed for --select knn only."""
+    out: Path = Path("model")
+    """The model folder to write."""
+    select: Select = "path"
+    """path: the route most of the images take; cluster: the largest cluster's; knn: try routes on the labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoFlags:
+    topic: Literal["transfer"] = field(default="transfer")
+    """What to show."""
+    out: Path = Path("runs/demo")
+    """The folder to write."""
+    seeds: int = 3
+    """Repetitions."""
+    steps: int = 1500
+    """Optimiser steps of a model; the stage with experts gets as many again."""
+    resume: bool = False
+    """Go on with a demo that was stopped."""

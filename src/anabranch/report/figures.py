@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of the report. Each function takes numbers and their intervals and returns a Figure with its data.
+
+Colours are safe for colour-blind readers (blue above the centre, orange below) and never carry a meaning alone:
+numbers, outlines, bold type and words say the same. None and NaN print as an en dash.
+"""
+
+from anabranch.report.lines import Effect, curves, forest
+from anabranch.report.maps import Matrix, loads, matrix, two_matrices
+from anabranch.report.sheets import ClusterSheet, cluster_sheets, contact_sheet
+
+__all__ = [
+    "ClusterSheet",
+    "Effect",
+    "Matrix",
+    "cluster_sheets",
+    "contact_sheet",
+    "curves",
+    "forest",
+    "loads",
+    "matrix",
+    "two_matrices",
+]

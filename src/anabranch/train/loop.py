@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training loop for everything that is trained by gradient.
+
+A step is a function of (parameters, optimiser state, step number): the batch is `stream.batch(step)`, the learning
+rate a formula of the step, and torch's default generators are seeded from (seed, step, rank) for the length of the
+step. Hence a resumed run is bitwise the uninterrupted one on the same machine with the same number of threads, and
+there is no generator to store.
+
+Under a launcher (`torchrun --nproc_per_node N`) each process takes its contiguous share of the rows of the global
+batch; the loss must be a mean over rows. Buffers follow the first process. One small reduction a step carries the loss,
+and makes all processes stop, or refuse a step, together.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anabranch.errors import AnabranchError, Stopped, UsageError
+from anabranch.train.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    load_checkpoint,
+    require_space,
+    save_checkpoint,
+    storable,
+)
+from anabranch.train.config import TrainConfig
+from anabranch.train.metrics import MeanWindow, MetricsWriter
+from anabranch.train.nonfinite import first_non_finite
+from anabranch.train.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from anabranch.train.publish import DISK_ERRORS, clean_leftovers
+from anabranch.train.run_folder import differing_keys, exclusive, writing_to
+from anabranch.train.seeding import deterministic_algorithms, seeded, step_seed
+from anabranch.train.signals import StopFlag
+
+__all__ = ["Stream", "TrainConfig", "TrainResult", "local_rows", "train"]
+
+METRICS = "metrics.jsonl"
+RECORDING_ONLY = ("save_every", "log_every")
+"""Fields that may differ when a run is resumed: they change no number."""
+
+
+class Stream(Protocol):
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The global batch of the step after `step` finished ones: a pure function, rows first in every tensor."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    step: int
+    """Steps that are finished, counting those before a resume."""
+    losses: list[float]
+    """Of the steps of this call, as are `seconds` and `images_seen`."""
+    seconds: float
+    images_seen: int
+
+
+def train(
+    objective: nn.Module,
+    stream: Stream,
+    config: TrainConfig,
+    run: Path | None = None,
+    *,
+    resume: bool = False,
+    on_step: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Minimise `objective(batch)["loss"]` over the parameters that require a gradient.
+
+    run      a folder for checkpoints and metrics.jsonl; without it nothing is written.
+    on_step  called in every process after each step with the number of finished steps and the step's scalars.
+    report   called in the first process with lines for people.
+    """
+    accelerator = _accelerator(config)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopFlag())
+        stack.enter_context(deterministic_algorithms(config.deterministic))
+        loop = _Loop(objective, config, accelerator, run, report or (lambda line: None))
+        loop.open(stack, resume)
+        losses: list[float] = []
+        started = time.perf_counter()
+        while loop.step < config.steps:
+            logs = loop.advance(stream.batch(loop.step), stop)
+            losses.append(loop.loss)
+            if on_step is not None:
+                on_step(loop.step, logs)
+            loop.record()
+            if loop.stopping:
+                loop.raise_stopped()
+        accelerator.wait_for_everyone()  # the last checkpoint exists before any process goes on
+    images_seen = len(losses) * config.batch_size
+    return TrainResult(step=loop.step, losses=losses, seconds=time.perf_counter() - started, images_seen=images_seen)
+
+
+def local_rows(batch: Mapping[str, Tensor], batch_size: int, rank: int, world: int) -> dict[str, Tensor]:
+    """The contiguous rows of one process."""
+    share = batch_size // world
+    for name, tensor in batch.items():
+        if tensor.ndim == 0 or len(tensor) != batch_size:
+            raise AnabranchError(
+                f"the batch entry {name!r} has the wrong number of rows",
+                expected=f"{batch_size} (batch_size)",
+                received=str(tuple(tensor.shape)),
+            )
+    return {name: tensor[rank * share : (rank + 1) * share] for name, tensor in batch.items()}
+
+
+class _Loop:
+    """What the steps of one run share."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        config: TrainConfig,
+        accelerator: Any,
+        run: Path | None,
+        report: Callable[[str], None],
+    ):
+        self.objective, self.config, self.accelerator, self.run = objective, config, accelerator, run
+        self.is_main: bool = accelerator.is_main_process
+        self.report = report if self.is_main else lambda line: None
+        self.device: torch.device = accelerator.device
+        self.metrics: MetricsWriter | None = None
+        objective.to(self.device).zero_grad(set_to_none=True)
+        self.optimizer = build_optimizer(objective, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.window = MeanWindow()
+        self.step, self.loss, self.stopping = 0, math.nan, False
+
+    # Opening and resuming ------------------------------------------------------------------------------------------
+
+    def open(self, stack: ExitStack, resume: bool) -> None:
+        """Own the folder, go back to the newest good checkpoint, and only then wrap the model for several processes."""
+        if self.run is not None:
+            checkpoints = self.run / "checkpoints"
+            if self.is_main:
+                with writing_to(self.run):
+                    checkpoints.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(exclusive(checkpoints / ".lock", f"the run {self.run}"))
+                    clean_leftovers(checkpoints)
+                if not resume and (checkpoint_steps(self.run) or (self.run / METRICS).exists()):
+                    raise UsageError(f"{self.run} already holds a run", hint="--resume to go on, or another --out")
+            self.accelerator.wait_for_everyone()
+            self.restore(self.run)
+            if self.is_main:
+                require_space(checkpoints, self.estimated_bytes())
+                self.metrics = stack.enter_context(MetricsWriter(self.run / METRICS, after_step=self.step))
+        self.model = self.accelerator.prepare_model(self.objective)
+        self.last_line = (self.step, time.perf_counter())
+
+    def restore(self, run: Path) -> None:
+        loaded = load_checkpoint(run)
+        if loaded is None:
+            self.report("starting at step 0")
+            return
+        for path, reason in loaded.skipped:
+            self.report(f"skipped {path.name}: {reason}")
+        checkpoint = loaded.checkpoint
+        _check_same_config(checkpoint.config, _config_values(self.config))
+        _load_model(self.objective, checkpoint.model)
+        load_optimizer_tensors(self.objective, self.optimizer, checkpoint.optimizer)
+        self.window = MeanWindow.from_json(checkpoint.extra["window"])
+        self.step = checkpoint.step
+        self.report(f"resumed from {loaded.path.name}")
+
+    def estimated_bytes(self) -> int:
+        """Size of a checkpoint once AdamW keeps two moments of every parameter."""
+        moments = [parameter for parameter in self.parameters for _ in range(2)]
+        return sum(tensor.nbytes for tensor in [*self.objective.state_dict().values(), *moments])
+
+    # One step ------------------------------------------------------------------------------------------------------
+
+    def advance(self, batch: dict[str, Tensor], stop: StopFlag) -> dict[str, Tensor]:
+        """Forward, backward, agree, update. Raises before the update if the loss or the gradient is not finite."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rows = local_rows(batch, self.config.batch_size, rank, world)
+        rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
+        if not self.objective.training:  # on_step may have evaluated
+            self.objective.train()
+        seed = step_seed(self.config.seed, self.step, rank)
+        with seeded(seed, self.device):
+            outputs = self.forward(self.model, rows)
+            self.accelerator.backward(outputs["loss"])
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        # The one read from the device in a step: an update with NaN could not be taken back.
+        flags = [outputs["loss"].detach().float(), norm.float(), norm.new_tensor(float(stop.is_set)).float()]
+        agreed = self.accelerator.reduce(torch.stack(flags), reduction="mean")
+        self.loss, grad_norm, stopping = agreed.tolist()
+        if not (math.isfinite(self.loss) and math.isfinite(grad_norm)):
+            self.refuse(batch, rows, seed)
+        self.update(norm)
+        self.step, self.stopping = self.step + 1, stopping > 0
+        logs = {name: value.detach().to(self.device) for name, value in outputs.items()}
+        logs |= {"loss": agreed[0], "grad_norm": agreed[1]}
+        self.window.add(logs)
+        return logs
+
+    def forward(self, module: nn.Module, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        bf16 = self.config.mixed_precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            outputs: dict[str, Tensor] = module(rows)
+        return outputs
+
+    def update(self, norm: Tensor) -> None:
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.optimizer.step()
+        # None, not zero: AdamW skips a parameter without a gradient, but would decay one whose gradient is zero.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def refuse(self, batch: dict[str, Tensor], rows: dict[str, Tensor], seed: int) -> NoReturn:
+        """Keep the batch for a replay and say where the first non-finite value is."""
+
+        def forward_again() -> None:
+            with seeded(seed, self.device):
+                self.forward(self.objective, rows)
+
+        cause = first_non_finite(self.objective, rows, forward_again)
+        step, hint = self.step + 1, "a lower learning rate, a longer warm-up, or --set max_grad_norm=1"
+        if self.run is not None and self.is_main:
+            replay = self.run / f"replay-step-{step}.safetensors"
+            with suppress(*DISK_ERRORS):
+                save_file(storable(batch), replay)
+                hint = f"{hint}; the batch is in {replay}"
+        raise AnabranchError(
+            f"step {step}: the loss or its gradient is not finite; the step was not applied",
+            received=f"loss {self.loss}; first in {cause}",
+            hint=hint,
+        )
+
+    # Recording -----------------------------------------------------------------------------------------------------
+
+    def record(self) -> None:
+        """Write the line and the checkpoint that are due after this step."""
+        last = self.step == self.config.steps
+        if last or self.step % self.config.log_every == 0:
+            self.log()
+        if last or self.stopping or self.step % self.config.save_every == 0:
+            self.save()
+
+    def log(self) -> None:
+        means = self.window.close(lambda values: self.accelerator.reduce(values, reduction="mean"))
+        step_before, time_before = self.last_line
+        self.last_line = (self.step, time.perf_counter())
+        rate = (self.step - step_before) * self.config.batch_size / max(1e-9, self.last_line[1] - time_before)
+        lr = learning_rate(self.step - 1, self.config)
+        if self.metrics is not None:
+            self.metrics.write(self.step, **means, learning_rate=lr, images_per_second=round(rate, 1))
+        line = f"step {self.step}/{self.config.steps}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} images/s"
+        self.report(line)
+
+    def save(self) -> None:
+        if self.run is None or not self.is_main:
+            return
+        checkpoint = Checkpoint(
+            step=self.step,
+            model=self.objective.state_dict(),
+            optimizer=optimizer_tensors(self.objective, self.optimizer),
+            config=_config_values(self.config),
+            world_size=self.accelerator.num_processes,
+            extra={"window": self.window.to_json()},
+        )
+        save_checkpoint(self.run, checkpoint)
+
+    def raise_stopped(self) -> NoReturn:
+        saved = "nothing was saved: there is no run folder" if self.run is None else "its checkpoint is complete"
+        hint = None if self.run is None else "the same command with --resume"
+        raise Stopped(f"stopped on request after step {self.step} of {self.config.steps}; {saved}", hint=hint)
+
+
+def _accelerator(config: TrainConfig) -> Any:
+    """One process, or data-parallel ones. Autocast is our own: accelerate's would stay on the objective's forward."""
+    data_parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1, kwargs_handlers=[data_parallel])
+    kind, world = accelerator.distributed_type.value, accelerator.num_processes
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise UsageError(f"the launcher asks for {kind}", expected="one process, or data-parallel processes (torchrun)")
+    if config.batch_size % world:
+        raise UsageError(
+            "batch_size cannot be shared out",
+            expected=f"a multiple of the {world} processes",
+            received=config.batch_size,
+        )
+    return accelerator
+
+
+def _config_values(config: TrainConfig) -> dict[str, Any]:
+    """As JSON gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def _check_same_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    keys = [key for key in differing_keys(before, now) if key not in RECORDING_ONLY]
+    if keys:
+        raise UsageError(
+            "the checkpoint was trained with another configuration",
+            expected="; ".join(f"{key}: {before.get(key)!r}" for key in keys[:3]),
+            received="; ".join(f"{key}: {now.get(key)!r}" for key in keys[:3]),
+            hint="the earlier values, or another --out",
+        )
+
+
+def _load_model(objective: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    before, now = ({name: (t.dtype, t.shape) for name, t in s.items()} for s in (tensors, objective.state_dict()))
+    names = differing_keys(before, now)
+    if names:
+        raise UsageError("the checkpoint is of another model", received=f"differing tensors: {', '.join(names[:3])}")
+    objective.load_state_dict(dict(tensors))

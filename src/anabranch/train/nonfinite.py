@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where did the first NaN or infinity come from? Asked once, after a step that must not be applied."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def first_non_finite(objective: nn.Module, batch: Mapping[str, Tensor], forward: Callable[[], Any]) -> str:
+    """Name the first non-finite thing in the order of cause: the batch, a parameter, a module's output, a gradient.
+
+    `forward` repeats the forward pass of the failed step; the gradients of that step must still be there.
+    """
+    for name, tensor in batch.items():
+        if not _finite(tensor):
+            return f"the batch entry {name!r}"
+    for name, parameter in objective.named_parameters():
+        if not _finite(parameter):
+            return f"the parameter {name!r}, before this step"
+    module = _first_module(objective, forward)
+    if module is not None:
+        return f"the output of the module {module!r}"
+    for name, parameter in objective.named_parameters():
+        if parameter.grad is not None and not _finite(parameter.grad):
+            return f"the gradient of {name!r}"
+    return "only the norm over all gradients, or a value of another process"
+
+
+def _first_module(objective: nn.Module, forward: Callable[[], Any]) -> str | None:
+    found: list[str] = []
+
+    def remember(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            if not found and not all(map(_finite, _tensors(output))):
+                found.append(name or type(module).__name__)
+
+        return hook
+
+    handles = [module.register_forward_hook(remember(name)) for name, module in objective.named_modules()]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
+import pytest
+
+from anabranch import cli
+from anabranch.cli.options import FileAndSet, read_yaml, settle
+from anabranch.errors import UsageError
+from anabranch.jobs.settings import MeasureSettings
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "anabranch", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list"], ["doctor", "--help"], ["measure", "--help"], ["measure", "--stps", "3"]]
+)
+def test_answers_without_torch(arguments):
+    script = """
+import sys
+from anabranch.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["mesure"], "did you mean measure?"),
+        (["measure", "--source", "a"], "did you mean --sources"),
+        (["pretrain", "--metod", "moce"], "did you mean --method?"),
+        (["list", "--method", "specialize/mocee"], "did you mean specialize/moce"),
+        (["measure", "--set", "learning_rat=1"], "did you mean learning_rate"),
+        (["measure", "--set", "learning_rate"], "--set name=value"),
+        (["measure", "--set", "learning_rate=fast"], "learning_rate cannot be used"),
+        (["measure", "--config", "nowhere.yaml"], "no such file"),
+    ],
+)
+def test_wrong_usage_says_what_to_try_and_exits_with_2(arguments, says, capsys):
+    assert cli.main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_wrong_choice_of_a_flag():
+    done = run("pretrain", "--method", "mocee")
+    assert done.returncode == 2
+    assert "moce" in done.stdout + done.stderr
+
+
+def test_a_run_that_cannot_start_exits_with_2_and_writes_nothing(tmp_path):
+    done = run(
+        "measure",
+        "--sources",
+        str(tmp_path / "a"),
+        str(tmp_path / "b"),
+        "--tasks",
+        str(tmp_path / "c"),
+        "--out",
+        str(tmp_path / "run"),
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("models/*"))
+
+
+def test_file_then_set_then_flag(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("steps: 7\nseeds: 2\nnum_labels: 50\n")
+    argv = ["--config", str(file), "--set", "seeds=4", "--steps", "9"]
+    from anabranch.cli.measure import Flags
+    from anabranch.cli.options import parse
+
+    settings = settle(MeasureSettings, parse(Flags, argv, "measure"), argv)
+    assert (settings.steps, settings.seeds, settings.num_labels, settings.batch_size) == (9, 4, 50, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &x 1\nb: *x\n", "YAML alias"),
+        ("steps: 1\nsteps: 2\n", "sets 'steps' twice"),
+        ("- steps\n", "holds no settings"),
+        ("steps: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+        ("steps: [1\n", "is not YAML"),
+    ],
+)
+def test_hostile_settings_files(tmp_path, text, says):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=says):
+        read_yaml(file)
+
+
+def test_settings_are_names_and_plain_values_only():
+    for assignment in ("os.system=true", "__class__=1", "steps=!!python/name:os.system ''"):
+        with pytest.raises(UsageError, match=r"no setting|not YAML"):
+            settle(MeasureSettings, FileAndSet(set=(assignment,)), [])

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom, what a card must say, and what the project may weigh."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anabranch
+from anabranch import registry
+
+ROOT = Path(anabranch.__file__).parent
+SMALL = {"errors"}
+VERBS = set(registry.VERBS)
+MAY_IMPORT = {
+    "mixture": SMALL,
+    "models": SMALL | {"mixture"},
+    "data": SMALL,
+    "train": SMALL | {"mixture"},
+    "report": SMALL,
+    "measure": SMALL | {"mixture", "models", "data", "train"},
+    **{verb: SMALL | {"mixture", "models", "data", "train", "measure"} for verb in VERBS - {"measure"}},
+    "testing": SMALL | {"mixture"},
+}
+FOREIGN = {"mixture": {"torch"}}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_arrows_between_rooms(room):
+    allowed = MAY_IMPORT[room] | {room, ""}
+    for path in (ROOT / room).rglob("*.py"):
+        ours = {name.split(".")[1] for name in imports(path) if name.startswith("anabranch.")}
+        rooms = {name for name in ours if (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()}
+        assert rooms <= allowed, f"{path} imports {rooms - allowed}"
+
+
+@pytest.mark.parametrize("room", sorted(FOREIGN))
+def test_the_layer_stands_on_torch_alone(room):
+    standard = set(sys.stdlib_module_names)
+    for path in (ROOT / room).rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - standard - {"anabranch"}
+        assert outside <= FOREIGN[room], f"{path} imports {outside - FOREIGN[room]}"
+
+
+def test_every_card_is_whole():
+    cards = registry.cards()
+    assert "specialize/moce" in cards
+    for key, card in cards.items():
+        assert set(card.fields) == {"Paper", "Equation", "Shapes", "Differs", "Check"}, key
+        assert len(card.purpose) <= 120, key
+        named = [word.strip("().,;") for word in card.fields["Check"].split() if word.strip("(").startswith("tests/")]
+        assert named, f"{key}: Check names no test"
+        assert all((ROOT.parent.parent / name).exists() for name in named), f"{key}: {named}"
+
+
+def test_no_pickle_comes_in_or_goes_out():
+    for path in ROOT.rglob("*.py"):
+        names = imports(path)
+        assert not names & {"pickle", "joblib", "dill"}, path
+        text = path.read_text(encoding="utf-8")
+        assert "torch.load(" not in text, path
+        assert "torch.save(" not in text, path
+
+
+def test_files_of_the_package_stay_small():
+    size = sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert size <= 6_000_000
+
+
+def test_importing_the_package_starts_nothing():
+    script = """
+import sys
+events = []
+def watch(event, args):
+    writes = event == "open" and isinstance(args[1], str) and "w" in args[1]
+    if writes or event.startswith(("socket.", "subprocess.", "os.system")):
+        events.append((event, args))
+sys.addaudithook(watch)
+import anabranch
+assert not events, events
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-B", "-c", script], check=True)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The module tiny.py, which the worker scripts import as well."""
+    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def start_worker():
+    """Start a worker script in a process of its own: one without the threads of the test process, which a fork would break."""
+    started = []
+
+    def start(script, *arguments, launcher=()):
+        command = [*launcher, sys.executable, str(HERE / script), *map(str, arguments)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD}
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def worker_result(start_worker):
+    """Run a worker script to its end; the last line that it prints is its result as JSON."""
+
+    def run(script, *arguments, launcher=()):
+        process = start_worker(script, *arguments, launcher=launcher)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    return run

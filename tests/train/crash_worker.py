@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dies while saving, over and over, and counts what was lost. Run as `python crash_worker.py MODE FOLDER [COUNT]`."""
+
+import errno
+import io
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from anabranch.errors import AnabranchError
+from anabranch.train import checkpoint as checkpoint_module
+from anabranch.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from anabranch.train.publish import clean_leftovers, publish_folder, verify_folder
+from anabranch.train.run_folder import RunFolder
+
+DIED = 77
+
+
+def snapshot(step, numbers=200):
+    """Every tensor holds the step, so that a mixture of two checkpoints shows."""
+    model = {"weight": torch.full((numbers,), float(step)), "count": torch.tensor(step)}
+    return Checkpoint(step=step, model=model, optimizer={"exp_avg/weight": model["weight"] * 2}, config={}, extra={})
+
+
+def is_whole(checkpoint):
+    expected = snapshot(checkpoint.step, len(checkpoint.model["weight"]))
+    return all(torch.equal(checkpoint.model[name], tensor) for name, tensor in expected.model.items()) and torch.equal(
+        checkpoint.optimizer["exp_avg/weight"], expected.optimizer["exp_avg/weight"]
+    )
+
+
+class Death:
+    """Counts file-system calls and ends the process at one of them: before it, after it, or with half a file written."""
+
+    def __init__(self, fatal_call, moment):
+        self.calls, self.fatal_call, self.moment = 0, fatal_call, moment
+
+    def wrap(self, function, *, counts=lambda *arguments, **options: True, written_path=None):
+        def call(*arguments, **options):
+            if not counts(*arguments, **options):
+                return function(*arguments, **options)
+            self.calls += 1
+            fatal = self.calls == self.fatal_call
+            if fatal and self.moment == "before":
+                os._exit(DIED)
+            result = function(*arguments, **options)
+            if fatal and self.moment == "torn" and written_path is not None:
+                path = written_path(*arguments)
+                os.truncate(path, os.stat(path).st_size // 2)
+            if fatal:
+                os._exit(DIED)
+            return result
+
+        return call
+
+    def install(self):
+        for name in ("open", "close", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "truncate"):
+            setattr(os, name, self.wrap(getattr(os, name)))
+        io.open = self.wrap(io.open, counts=lambda file, mode="r", *rest, **options: set(mode) & set("wa+"))
+        Path.write_text = self.wrap(Path.write_text, written_path=lambda path, *rest: path)
+        checkpoint_module.save_file = self.wrap(save_file, written_path=lambda tensors, path: path)
+
+
+def fork_and_acknowledge(job):
+    """Run `job(acknowledge)` in a child; returns its exit status and the numbers that it acknowledged."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        job(lambda number: os.write(writer, bytes([number])))
+        os._exit(0)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    acknowledged = list(os.read(reader, 100))
+    os.close(reader)
+    return os.waitstatus_to_exitcode(status), acknowledged
+
+
+def enumerate_crashes(folder, scenario, inspect):
+    """Die at the first call, the second ... until the scenario survives; `inspect` says what is wrong afterwards."""
+    points, losses = 0, []
+    for moment in ("before", "after", "torn"):
+        for fatal_call in range(1, 10_000):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+            def job(acknowledge, fatal_call=fatal_call, moment=moment):
+                Death(fatal_call, moment).install()
+                scenario(folder, acknowledge)
+
+            exit_code, acknowledged = fork_and_acknowledge(job)
+            if exit_code == 0:
+                break
+            assert exit_code == DIED, f"{moment} call {fatal_call}: exit code {exit_code}"
+            points += 1
+            problem = inspect(folder, max(acknowledged, default=0))
+            if problem:
+                losses.append(f"{moment} call {fatal_call}: {problem}")
+    return {"points": points, "lost": losses}
+
+
+def saving(folder, acknowledge):
+    """Three saves, the third of which deletes the first, and one over a checkpoint that is there already."""
+    for step in (1, 2, 3, 3):
+        save_checkpoint(folder, snapshot(step))
+        acknowledge(step)
+
+
+def inspect_saving(folder, acknowledged):
+    loaded = load_checkpoint(folder)
+    step = loaded.checkpoint.step if loaded else 0
+    if step < acknowledged and not (folder / "checkpoints" / ".lock").exists():
+        clean_leftovers(folder / "checkpoints")  # what every start does; between two renames the name itself is free
+        loaded = load_checkpoint(folder)
+        step = loaded.checkpoint.step if loaded else 0
+    if step < acknowledged or (loaded and not is_whole(loaded.checkpoint)):
+        return f"acknowledged {acknowledged}, loaded {step}"
+    save_checkpoint(folder, snapshot(step + 1))
+    if load_checkpoint(folder).checkpoint.step != step + 1:
+        return "the next save is not loaded"
+    leftovers = [entry.name for entry in (folder / "checkpoints").iterdir() if entry.name.startswith(".")]
+    return f"left behind {leftovers}" if leftovers else None
+
+
+def publishing(folder, acknowledge):
+    for number in (1, 2):
+        publish_folder(lambda new, number=number: publish_content(new, number), folder / "result")
+        acknowledge(number)
+
+
+def publish_content(folder, number):
+    (folder / "part").mkdir()
+    (folder / "part" / "a.txt").write_text(f"{number}" * 1000)
+    (folder / "b.txt").write_text(f"{number}" * 1000)
+
+
+def inspect_publishing(folder, acknowledged):
+    clean_leftovers(folder)
+    number = 0
+    if (folder / "result").exists():
+        verify_folder(folder / "result")
+        texts = {(folder / "result" / name).read_text() for name in ("part/a.txt", "b.txt")}
+        number = next((n for n in (1, 2) if texts == {f"{n}" * 1000}), -1)
+    if number < acknowledged:
+        return f"acknowledged {acknowledged}, found {number}"
+    publish_folder(lambda new: publish_content(new, 2), folder / "result")
+    leftovers = [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
+    return f"left behind {leftovers}" if leftovers else None
+
+
+def creating_run(folder, acknowledge):
+    with RunFolder.open(folder / "run", {"seed": 1}):
+        acknowledge(1)
+
+
+def inspect_run(folder, acknowledged):
+    """Whatever the moment, either the same command or the same command with --resume must work."""
+    try:
+        RunFolder.open(folder / "run", {"seed": 1}, resume=bool(acknowledged)).close()
+    except AnabranchError as error:
+        if acknowledged:
+            return str(error)
+        RunFolder.open(folder / "run", {"seed": 1}, resume=True).close()
+    return None
+
+
+def kill_at_random(folder, count, save, load):
+    """SIGKILL a saving process at `count` random moments; lost is a restart that finds less than was acknowledged."""
+    moments = random.Random(0)
+    lost, saved = [], 0
+    for kill in range(count):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for step in range(saved + 1, saved + 10_000):
+                save(folder, step)
+                os.write(writer, step.to_bytes(4, "big"))
+        os.close(writer)
+        time.sleep(moments.uniform(0, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        acknowledgements = b""
+        while select.select([reader], [], [], 0)[0] and (part := os.read(reader, 65536)):
+            acknowledgements += part
+        os.close(reader)
+        acknowledged = int.from_bytes(acknowledgements[-4:], "big") if acknowledgements else saved
+        saved = load(folder)
+        if saved < acknowledged:
+            lost.append(f"kill {kill}: acknowledged {acknowledged}, loaded {saved}")
+            saved = acknowledged
+    return {"kills": count, "saves": saved, "lost": lost}
+
+
+def save_well(folder, step):
+    save_checkpoint(folder, snapshot(step, numbers=500_000))
+
+
+def load_well(folder):
+    loaded = load_checkpoint(folder)
+    return loaded.checkpoint.step if loaded and is_whole(loaded.checkpoint) else 0
+
+
+def save_in_place(folder, step):
+    """What a plain loop does: the same files, written over the last ones."""
+    checkpoint = snapshot(step, numbers=500_000)
+    save_file(checkpoint.model, folder / "model.safetensors")
+    save_file(checkpoint.optimizer, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+
+
+def load_in_place(folder):
+    try:
+        model, optimizer = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+        step = json.loads((folder / "state.json").read_text())["step"]
+    except (OSError, ValueError):
+        return 0
+    return step if is_whole(Checkpoint(step=step, model=model, optimizer=optimizer, config={})) else 0
+
+
+def fill_disk(folder, limits, apply):
+    """Save under each limit: a failing save must say so, keep the last good checkpoint and leave nothing behind."""
+    faults, wrong, messages = 0, [], set()
+    for limit in limits:
+        run = folder / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        save_checkpoint(run, snapshot(1, numbers=50_000))
+        undo = apply(limit)
+        try:
+            save_checkpoint(run, snapshot(2, numbers=50_000))
+            expected = 2
+        except AnabranchError as error:
+            faults, expected = faults + 1, 1
+            messages.add(str(error).replace(str(folder), ""))
+        finally:
+            undo()
+        names = sorted(entry.name for entry in (run / "checkpoints").iterdir())
+        if load_checkpoint(run).checkpoint.step != expected or any(name.startswith(".") for name in names):
+            wrong.append(f"limit {limit}: {names}")
+    return {"faults": faults, "wrong": wrong, "messages": sorted(messages)}
+
+
+def limit_file_size(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def leave_free(folder):
+    """Fill the file system up to `limit` bytes."""
+
+    def apply(limit):
+        ballast = folder / "ballast"
+        free = shutil.disk_usage(folder).free - limit
+        with ballast.open("wb") as file:
+            try:
+                file.write(bytes(max(0, free)))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+        return ballast.unlink
+
+    return apply
+
+
+def refuse_read_only(folder):
+    """Without the rights of an administrator, who may write everywhere."""
+    closed = folder / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    folder.chmod(0o755)
+    if os.getuid() == 0:
+        os.setuid(65534)
+    try:
+        RunFolder.open(closed / "run", {})
+    except AnabranchError as error:
+        return {"message": str(error), "exit_code": error.exit_code}
+    return {"message": "written", "exit_code": 0}
+
+
+def main(mode, folder, count="0"):
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    if mode == "enumerate":
+        return {
+            "save": enumerate_crashes(folder / "save", saving, inspect_saving),
+            "publish": enumerate_crashes(folder / "publish", publishing, inspect_publishing),
+            "run": enumerate_crashes(folder / "run", creating_run, inspect_run),
+        }
+    if mode == "kill":
+        return kill_at_random(folder, int(count), save_well, load_well)
+    if mode == "kill-in-place":
+        return kill_at_random(folder, int(count), save_in_place, load_in_place)
+    if mode == "file-size":
+        return fill_disk(folder, range(0, 210_000, 210_000 // int(count)), limit_file_size)
+    if mode == "full-disk":
+        limits = range(0, 450_000, 450_000 // int(count))
+        return fill_disk(folder, limits, leave_free(folder))
+    return refuse_read_only(folder)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
