@@ -73,12 +73,13 @@ def test_a_run_that_cannot_start_exits_with_2_and_writes_nothing(tmp_path):
 def test_file_then_set_then_flag(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("steps: 7\nseeds: 2\nnum_labels: 50\n")
-    argv = ["--config", str(file), "--set", "seeds=4", "--steps", "9"]
+    argv = ["--config", str(file), "--set", "seeds=4", "--set", "num_draws=2", "--steps", "9"]
     from anabranch.cli.measure import Flags
     from anabranch.cli.options import parse
 
     settings = settle(MeasureSettings, parse(Flags, argv, "measure"), argv)
-    assert (settings.steps, settings.seeds, settings.num_labels, settings.batch_size) == (9, 4, 50, 64)
+    assert (settings.steps, settings.seeds, settings.num_labels, settings.num_draws) == (9, 4, 50, 2)
+    assert settings.batch_size == MeasureSettings().batch_size
 
 
 @pytest.mark.parametrize(

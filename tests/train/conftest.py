@@ -21,9 +21,9 @@ def tiny():
     return module
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start_worker():
-    """Start a worker script in a process of its own: one without the threads of the test process, which a fork would break."""
+    """Start a worker script in a process of its own, without the threads of the test process: a fork breaks those."""
     started = []
 
     def start(script, *arguments, launcher=()):
@@ -40,7 +40,7 @@ def start_worker():
         process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def worker_result(start_worker):
     """Run a worker script to its end; the last line that it prints is its result as JSON."""
 

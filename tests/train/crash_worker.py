@@ -24,6 +24,7 @@ from anabranch.train.publish import clean_leftovers, publish_folder, verify_fold
 from anabranch.train.run_folder import RunFolder
 
 DIED = 77
+TRUNCATE = os.truncate
 
 
 def snapshot(step, numbers=200):
@@ -40,33 +41,35 @@ def is_whole(checkpoint):
 
 
 class Death:
-    """Counts file-system calls and ends the process at one of them: before it, after it, or with half a file written."""
+    """Counts file-system calls and ends the process at one of them: before, after, or with half a file written."""
 
     def __init__(self, fatal_call, moment):
         self.calls, self.fatal_call, self.moment = 0, fatal_call, moment
 
-    def wrap(self, function, *, counts=lambda *arguments, **options: True, written_path=None):
+    def wrap(self, function, *, written_path=None):
+        if self.moment == "torn" and written_path is None:
+            return function
+
         def call(*arguments, **options):
-            if not counts(*arguments, **options):
-                return function(*arguments, **options)
             self.calls += 1
             fatal = self.calls == self.fatal_call
             if fatal and self.moment == "before":
                 os._exit(DIED)
-            result = function(*arguments, **options)
-            if fatal and self.moment == "torn" and written_path is not None:
-                path = written_path(*arguments)
-                os.truncate(path, os.stat(path).st_size // 2)
-            if fatal:
-                os._exit(DIED)
-            return result
+            try:
+                return function(*arguments, **options)
+            finally:
+                if fatal and self.moment == "torn":
+                    path = written_path(*arguments)
+                    TRUNCATE(path, os.stat(path).st_size // 2)
+                if fatal:
+                    os._exit(DIED)
 
         return call
 
     def install(self):
         for name in ("open", "close", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "truncate"):
             setattr(os, name, self.wrap(getattr(os, name)))
-        io.open = self.wrap(io.open, counts=lambda file, mode="r", *rest, **options: set(mode) & set("wa+"))
+        io.open = self.wrap(io.open)
         Path.write_text = self.wrap(Path.write_text, written_path=lambda path, *rest: path)
         checkpoint_module.save_file = self.wrap(save_file, written_path=lambda tensors, path: path)
 
@@ -86,11 +89,11 @@ def fork_and_acknowledge(job):
     return os.waitstatus_to_exitcode(status), acknowledged
 
 
-def enumerate_crashes(folder, scenario, inspect):
+def enumerate_crashes(folder, scenario, inspect, stride):
     """Die at the first call, the second ... until the scenario survives; `inspect` says what is wrong afterwards."""
     points, losses = 0, []
     for moment in ("before", "after", "torn"):
-        for fatal_call in range(1, 10_000):
+        for fatal_call in range(1, 10_000, stride):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
 
@@ -117,12 +120,10 @@ def saving(folder, acknowledge):
 
 
 def inspect_saving(folder, acknowledged):
+    if (folder / "checkpoints").exists():
+        clean_leftovers(folder / "checkpoints")  # what every start does: between two renames a name is free
     loaded = load_checkpoint(folder)
     step = loaded.checkpoint.step if loaded else 0
-    if step < acknowledged and not (folder / "checkpoints" / ".lock").exists():
-        clean_leftovers(folder / "checkpoints")  # what every start does; between two renames the name itself is free
-        loaded = load_checkpoint(folder)
-        step = loaded.checkpoint.step if loaded else 0
     if step < acknowledged or (loaded and not is_whole(loaded.checkpoint)):
         return f"acknowledged {acknowledged}, loaded {step}"
     save_checkpoint(folder, snapshot(step + 1))
@@ -177,23 +178,28 @@ def inspect_run(folder, acknowledged):
 def kill_at_random(folder, count, save, load):
     """SIGKILL a saving process at `count` random moments; lost is a restart that finds less than was acknowledged."""
     moments = random.Random(0)
-    lost, saved = [], 0
+    lost, saved, started = [], 3, time.perf_counter()
+    for step in (1, 2, 3):
+        save(folder, step)
+    seconds_a_save = (time.perf_counter() - started) / 3
     for kill in range(count):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(writer, saved.to_bytes(4, "big"))
             for step in range(saved + 1, saved + 10_000):
                 save(folder, step)
                 os.write(writer, step.to_bytes(4, "big"))
         os.close(writer)
-        time.sleep(moments.uniform(0, 0.12))
+        select.select([reader], [], [])  # it has begun
+        time.sleep(moments.uniform(0, 2 * seconds_a_save))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         acknowledgements = b""
         while select.select([reader], [], [], 0)[0] and (part := os.read(reader, 65536)):
             acknowledgements += part
         os.close(reader)
-        acknowledged = int.from_bytes(acknowledgements[-4:], "big") if acknowledgements else saved
+        acknowledged = int.from_bytes(acknowledgements[-4:], "big")
         saved = load(folder)
         if saved < acknowledged:
             lost.append(f"kill {kill}: acknowledged {acknowledged}, loaded {saved}")
@@ -202,7 +208,7 @@ def kill_at_random(folder, count, save, load):
 
 
 def save_well(folder, step):
-    save_checkpoint(folder, snapshot(step, numbers=500_000))
+    save_checkpoint(folder, snapshot(step, numbers=200_000))
 
 
 def load_well(folder):
@@ -212,7 +218,7 @@ def load_well(folder):
 
 def save_in_place(folder, step):
     """What a plain loop does: the same files, written over the last ones."""
-    checkpoint = snapshot(step, numbers=500_000)
+    checkpoint = snapshot(step, numbers=200_000)
     save_file(checkpoint.model, folder / "model.safetensors")
     save_file(checkpoint.optimizer, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": step}))
@@ -240,7 +246,7 @@ def fill_disk(folder, limits, apply):
             expected = 2
         except AnabranchError as error:
             faults, expected = faults + 1, 1
-            messages.add(str(error).replace(str(folder), ""))
+            messages.add(str(error).replace(str(folder), "DISK"))
         finally:
             undo()
         names = sorted(entry.name for entry in (run / "checkpoints").iterdir())
@@ -276,7 +282,6 @@ def refuse_read_only(folder):
     closed = folder / "closed"
     closed.mkdir()
     closed.chmod(0o555)
-    folder.chmod(0o755)
     if os.getuid() == 0:
         os.setuid(65534)
     try:
@@ -286,14 +291,18 @@ def refuse_read_only(folder):
     return {"message": "written", "exit_code": 0}
 
 
-def main(mode, folder, count="0"):
-    torch.set_num_threads(1)
+def main(mode, folder, count="1"):
     folder = Path(folder)
+    if mode == "some-of-each":  # in one process: starting it takes longer than most of what it does
+        parts = {"enumerate": 7, "kill": 20, "file-size": 25, "read-only": 1}
+        for part in parts:
+            (folder / part).mkdir()
+        return {part: main(part, folder / part, count) for part, count in parts.items()}
     if mode == "enumerate":
         return {
-            "save": enumerate_crashes(folder / "save", saving, inspect_saving),
-            "publish": enumerate_crashes(folder / "publish", publishing, inspect_publishing),
-            "run": enumerate_crashes(folder / "run", creating_run, inspect_run),
+            "save": enumerate_crashes(folder / "save", saving, inspect_saving, int(count)),
+            "publish": enumerate_crashes(folder / "publish", publishing, inspect_publishing, int(count)),
+            "run": enumerate_crashes(folder / "run", creating_run, inspect_run, int(count)),
         }
     if mode == "kill":
         return kill_at_random(folder, int(count), save_well, load_well)
@@ -308,4 +317,5 @@ def main(mode, folder, count="0"):
 
 
 if __name__ == "__main__":
+    os.fsync = lambda descriptor: None  # counted, but not waited for: a killed process loses no page of the cache
     print(json.dumps(main(*sys.argv[1:])))

@@ -10,18 +10,15 @@ class TinyObjective(nn.Module):
 
     def __init__(self, *, dropout=0.3, batch_norm=True):
         super().__init__()
-        generator = torch.Generator().manual_seed(11)
-        self.inner = nn.Linear(6, 16)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            self.inner = nn.Linear(6, 16)
+            self.outer = nn.Linear(16, 3)
+            self.unused = nn.Linear(4, 4)
         self.norm = nn.BatchNorm1d(16) if batch_norm else nn.LayerNorm(16)
         self.dropout = nn.Dropout(dropout)
-        self.outer = nn.Linear(16, 3)
-        self.unused = nn.Linear(4, 4)
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.register_buffer("rows_seen", torch.zeros((), dtype=torch.int64))
-        with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.ndim == 2:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     def forward(self, batch):
         if self.training:

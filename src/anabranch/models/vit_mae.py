@@ -12,11 +12,12 @@ Check     : `masked_loss` equals the loss of ViTMAEForPreTraining, `encode` the 
             (tests/models/test_vit_mae.py).
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,14 @@ MLP_RATIO = 4
 BASE_PATCH = 16
 
 
+def transformers() -> Any:
+    """The library, without its progress bars: a bar for one small file says nothing."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 class MaskedForward(NamedTuple):
     loss: Tensor  # ()
     tokens: Tensor  # (B, 1 + V, D) visible tokens after the final norm, class token first
@@ -109,11 +118,9 @@ def patch_size_for(preset: str, image_size: int) -> int:
 
 def build(preset: str, *, image_size: int, channels: int, seed: int, mask_ratio: float | None = None) -> nn.Module:
     """A fresh ViTMAEForPreTraining, its initial weights a function of `seed` alone."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
     patch_size = patch_size_for(preset, image_size)
     size = PRESETS[preset]
-    config = ViTMAEConfig(
+    config = transformers().ViTMAEConfig(
         image_size=image_size,
         patch_size=patch_size,
         num_channels=channels,
@@ -133,7 +140,7 @@ def build(preset: str, *, image_size: int, channels: int, seed: int, mask_ratio:
     config.norm_pix_eps = size.norm_pix_eps
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ViTMAEForPreTraining(config)
+        model = transformers().ViTMAEForPreTraining(config)
     _restore_decoder_positions(model)
     num_visible(model)
     return model.eval()
@@ -156,8 +163,6 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         UsageError: the folder is missing, holds another kind of model, or lacks tensors of its own configuration.
     """
-    from transformers import ViTMAEForPreTraining
-
     folder = Path(path)
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -174,7 +179,7 @@ def load(path: str | Path) -> nn.Module:
             hint="give the checkpoint before it was customised, or leave --base out to train one",
         )
     try:
-        model, info = ViTMAEForPreTraining.from_pretrained(
+        model, info = transformers().ViTMAEForPreTraining.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True
         )
     except (RuntimeError, OSError, ValueError) as error:
@@ -190,13 +195,18 @@ def load(path: str | Path) -> nn.Module:
     return model.eval()
 
 
+def num_patches(model: nn.Module) -> int:
+    """L, of one image."""
+    return int(model.vit.embeddings.position_embeddings.shape[1]) - 1
+
+
 def num_visible(model: nn.Module) -> int:
     """V = floor(L (1 - mask_ratio)); at least one patch has to stay visible, and one has to be masked."""
-    num_patches = model.vit.embeddings.patch_embeddings.num_patches
-    visible = int(num_patches * (1 - model.config.mask_ratio))
-    if not 1 <= visible < num_patches:
+    patches = num_patches(model)
+    visible = int(patches * (1 - model.config.mask_ratio))
+    if not 1 <= visible < patches:
         raise UsageError(
-            f"a mask ratio of {model.config.mask_ratio} leaves {visible} of {num_patches} patches visible",
+            f"a mask ratio of {model.config.mask_ratio} leaves {visible} of {patches} patches visible",
             expected="at least one visible and one masked patch",
             hint="a smaller patch or another mask ratio",
         )
@@ -274,10 +284,11 @@ def in_chunks(num_items: int, size: int) -> Iterator[Tensor]:
 
 def to_vit(model: nn.Module) -> nn.Module:
     """The encoder alone as a plain ViTModel (no pooling layer); every tensor is a copy."""
-    from transformers import ViTConfig, ViTModel
-
     source = model.config
-    vit = ViTModel(ViTConfig(**{name: getattr(source, name) for name in SHARED_CONFIG}), add_pooling_layer=False)
+    library = transformers()
+    vit = library.ViTModel(
+        library.ViTConfig(**{name: getattr(source, name) for name in SHARED_CONFIG}), add_pooling_layer=False
+    )
     state = {name: tensor.clone() for name, tensor in model.vit.state_dict().items()}
     # MAE adds a position to the class token too (a row of zeros as built); ViTModel does the same, so keys agree
     vit.load_state_dict(state, strict=True)
@@ -308,3 +319,8 @@ def macs(model: nn.Module) -> int:
     embed = patches * config.patch_size**2 * config.num_channels * width
     layer = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width
     return embed + config.num_hidden_layers * layer
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """An independent copy, in eval mode."""
+    return copy.deepcopy(model).eval()

@@ -149,7 +149,7 @@ def curves(
     widths = np.concatenate([curve.x for curve in drawn] or [np.array([])])
     to_y = fit_scale(heights, height - 50, 30)
     left = text_width([cell(tick) for tick in to_y.ticks], size=11) + 14
-    right = text_width([f"{curve.name} {MISSING}" for curve in drawn], most=28) + 20
+    right = text_width([f"{curve.name} {MISSING}" for curve in drawn], most=28, bold=True) + 16
     to_x = fit_scale(widths, left, width - right, round_out=False)
     with canvas(width, height) as drawing:
         draw_axes(drawing, to_x, to_y, x_label, y_label)
@@ -196,7 +196,7 @@ class Effect(NamedTuple):
 
 
 VERDICT_COLORS = {"shown": SERIES[0], "hurts": SERIES[1]}
-PLOT, MEAN, COUNT, VERDICT, END = 320, 482, 524, 542, 625  # pixels from where the labels end
+PLOT, MEAN, COUNT, VERDICT = 320, 482, 524, 542  # pixels from where the labels end
 TOP, STEP = 30, 36
 
 
@@ -206,7 +206,9 @@ def forest(rows: Sequence[Effect], title: str, unit: str = "points") -> Figure:
     numbers = np.array([[effect.mean, effect.low, effect.high] for effect in effects], dtype=float)
     left = max(text_width([effect.label for effect in effects], size=13, most=52), 60) + 24
     to_x = fit_scale(np.append(numbers, 0.0), left, left + PLOT, num_ticks=5)
-    with canvas(left + END, TOP + STEP * len(effects) + 48) as drawing:
+    verdicts = ["verdict", *(effect.verdict for effect in effects)]
+    width = left + VERDICT + text_width(verdicts, size=13, most=16, bold=True)
+    with canvas(width, TOP + STEP * len(effects) + 48) as drawing:
         draw_zero_line(drawing, to_x, TOP + STEP * len(effects), unit)
         for row, effect in enumerate(effects):
             draw_effect(drawing, effect, to_x, TOP + (row + 0.5) * STEP)

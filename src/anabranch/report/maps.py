@@ -49,7 +49,7 @@ def grid(
     most = int(width / (12 * CHARACTER))
     title_height = 30 if title else 0
     top = title_height + (20 if above else 0) + 24
-    body = max(width * len(column_names), text_width([title], size=13.5), text_width([above], size=11))
+    body = max(width * len(column_names), text_width([title], size=13.5, bold=True), text_width([above], size=11))
     with canvas(left + body + 4, top + height * len(row_names) + 4) as drawing:
         drawing.text(left, 12, title, size=13.5, bold=True)
         drawing.text(left, title_height + 8, above, size=11, color=MUTED)
@@ -86,6 +86,11 @@ class Matrix:
     values: ArrayLike
     low: ArrayLike | None = None
     high: ArrayLike | None = None
+
+    def stacked(self, shape: tuple[int, int]) -> NDArray[np.float64]:
+        """Values, low and high ends as one array (3, R, C)."""
+        parts = {"values": self.values, "low": self.low, "high": self.high}
+        return np.stack([array(part, shape, name) for name, part in parts.items()])
 
 
 class Frame(NamedTuple):
@@ -141,10 +146,7 @@ def two_matrices(
 
 def draw_maps(panels: Sequence[Matrix], title: str, frame: Frame) -> Figure:
     shape = (len(frame.row_names), len(frame.column_names))
-    numbers = [
-        np.stack([array(part, shape, name) for name, part in vars(panel).items() if name != "title"])
-        for panel in panels
-    ]
+    numbers = [panel.stacked(shape) for panel in panels]
     scale = max(reach(values - frame.center) for values, _, _ in numbers)
     pictures = [draw_map(panel.title, ends, frame, scale) for panel, ends in zip(panels, numbers, strict=True)]
     said = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from anabranch.data.augment import random_resized_crop
 from anabranch.data.images import Images
 from anabranch.data.streams import derived_seed
-from anabranch.models.vit_mae import check_images, masked_loss, normalise
+from anabranch.models.vit_mae import check_images, masked_loss, normalise, num_patches
 
 
 class Indices(Protocol):
@@ -79,5 +79,4 @@ def masked_images(
 ) -> MaskedImages:
     """The stream for this model, after checking that the images fit it."""
     check_images(model, image_size=images.image_size, channels=images.channels, name=images.name)
-    num_patches = model.vit.embeddings.position_embeddings.shape[1] - 1
-    return MaskedImages(images, indices, num_patches=num_patches, seed=seed, augment=augment, ids=ids)
+    return MaskedImages(images, indices, num_patches=num_patches(model), seed=seed, augment=augment, ids=ids)

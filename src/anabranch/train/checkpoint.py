@@ -50,10 +50,6 @@ class Checkpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the caller needs to go on, as plain JSON values."""
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in [*self.model.values(), *self.optimizer.values()]) + HEADROOM_BYTES
-
 
 class Skipped(NamedTuple):
     path: Path
@@ -71,13 +67,16 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path
     if keep < 2:
         raise ValueError(f"keep: expected at least 2, so that one may rot, received {keep}")
 
+    model, optimizer = storable(checkpoint.model), storable(checkpoint.optimizer)
+
     def write(folder: Path) -> None:
-        save_file(storable(checkpoint.model), folder / MODEL)
-        save_file(storable(checkpoint.optimizer), folder / OPTIMIZER)
+        save_file(model, folder / MODEL)
+        save_file(optimizer, folder / OPTIMIZER)
         (folder / STATE).write_text(json.dumps(_state(checkpoint), indent=1))
 
     target = run / "checkpoints" / f"step-{checkpoint.step:06d}"
-    replace_folder(write, target, bytes_needed=checkpoint.nbytes)
+    bytes_needed = sum(tensor.nbytes for tensor in [*model.values(), *optimizer.values()]) + HEADROOM_BYTES
+    replace_folder(write, target, bytes_needed=bytes_needed)
     # Later ones can only be damaged leftovers that loading walked past: they must not push out good ones.
     for step in [step for step in checkpoint_steps(run) if step <= checkpoint.step][:-keep]:
         with suppress(OSError):  # the save succeeded; what could not be deleted is tried again at the next

@@ -24,8 +24,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    low = config.min_learning_rate
-    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * share + config.min_learning_rate * (1 - share)
 
 
 def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

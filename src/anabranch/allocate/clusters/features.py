@@ -80,11 +80,12 @@ def prepare(features: Tensor, config: FeatureConfig, generator: torch.Generator)
             received=f"{distinct} distinct rows of {len(features)}",
             hint=f"at most {distinct} clusters",
         )
-    scaler = fit_scaler(features[rows], config)
-    rank = check_rank(features[rows], scaler, config.min_rank)
+    seen_nD = features[rows].float()
+    scaler = fit_scaler(seen_nD, config)
+    rank = check_rank(seen_nD, scaler, config.min_rank)
     dropped = sorted(set(range(features.shape[1])) - set(scaler.kept.tolist()))
     health = {"rank": rank, "dropped_features": dropped, "duplicate_share": 1 - distinct / len(rows)}
-    return Prepared(rows, scaler.transform(features[rows]), scaler, health)
+    return Prepared(rows, scaler.transform(seen_nD), scaler, health)
 
 
 def row_keys(features: Tensor, chunk_rows: int = 8192) -> Tensor:
@@ -97,7 +98,7 @@ def row_keys(features: Tensor, chunk_rows: int = 8192) -> Tensor:
 
 def fit_scaler(features: Tensor, config: FeatureConfig) -> Scaler:
     check_finite(features)
-    variance_D, mean_D = torch.var_mean(features.float(), dim=0, correction=0)
+    variance_D, mean_D = torch.var_mean(features, dim=0, correction=0)
     kept = (variance_D.sqrt() >= CONSTANT).nonzero().flatten()
     if len(kept) == 0:
         raise UsageError("features are collapsed: every one is constant, so the encoder cannot cluster")
@@ -109,7 +110,7 @@ def fit_scaler(features: Tensor, config: FeatureConfig) -> Scaler:
 
 def check_rank(features: Tensor, scaler: Scaler, min_rank: int) -> int:
     """Number of principal directions that hold 95 % of the variance; too few raise."""
-    x_ND = (features.float()[:, scaler.kept] - scaler.mean) / scaler.std
+    x_ND = (features[:, scaler.kept] - scaler.mean) / scaler.std
     variances = torch.linalg.eigvalsh(torch.cov(x_ND.T.double()).reshape(len(scaler.kept), -1)).flip(0).clamp(min=0)
     shares = variances.cumsum(0) / variances.sum()
     rank = int((shares < 0.95).sum()) + 1

@@ -42,8 +42,8 @@ def group_clusters(
         )
     found = [balanced_groups(centroids, sizes, num_groups, generator) for _ in range(restarts)]
     best_K = min(found, key=lambda groups: spread(centroids, sizes, groups, num_groups))
-    _, names_K = _in_order_of_appearance(best_K)
-    return names_K
+    first_E = torch.stack([(best_K == group).nonzero()[0, 0] for group in range(num_groups)])
+    return first_E.argsort().argsort()[best_K]
 
 
 def group_centroids(centroids: Tensor, sizes: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -62,13 +62,14 @@ def balanced_groups(centroids: Tensor, sizes: Tensor, num_groups: int, generator
     """One descent from random centroids: assign to slots, move the means, until nothing moves."""
     means_Ed = centroids[torch.randperm(len(centroids), generator=generator)[:num_groups]]
     groups_K = torch.full((len(centroids),), -1)
-    while True:
+    for _ in range(100):  # ties could go round for ever
         cost_KE = sizes[:, None] * torch.cdist(centroids, means_Ed).square()
         moved_K = assign_to_slots(cost_KE)
         if torch.equal(moved_K, groups_K):
-            return groups_K
+            break
         groups_K = moved_K
         means_Ed = group_centroids(centroids, sizes, groups_K, num_groups)
+    return groups_K
 
 
 def assign_to_slots(cost: Tensor) -> Tensor:
@@ -81,8 +82,3 @@ def assign_to_slots(cost: Tensor) -> Tensor:
     blank[:, -E:] = 0
     _, slot = linear_sum_assignment(torch.cat([slots, blank]).double().numpy())
     return torch.from_numpy(slot[:K]) % E
-
-
-def _in_order_of_appearance(groups: Tensor) -> tuple[Tensor, Tensor]:
-    first = torch.stack([(groups == g).nonzero()[0, 0] for g in range(int(groups.max()) + 1)])
-    return first, first.argsort().argsort()[groups]

@@ -55,6 +55,6 @@ def fit(features: Tensor, config: Config, generator: torch.Generator) -> Cluster
         method="allocate/clusters/kmeans",
         config=asdict(config),
         seed=generator.initial_seed(),
-        health=prepared.health | {"inertia": inertia, "warnings": []},
+        health=prepared.health | {"inertia": inertia},
     )
     return finish(draft, features, prepared.x)

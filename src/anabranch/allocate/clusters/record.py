@@ -19,7 +19,8 @@ from anabranch.allocate.clusters.features import Scaler
 from anabranch.errors import AnabranchError, UsageError
 
 FORMAT = "anabranch.clusters/1"
-METRICS = ("cosine", "euclidean")
+ENOUGH = 40
+"""Images that a cluster should have before an expert is trained on it."""
 
 
 class Assignment(NamedTuple):
@@ -139,7 +140,7 @@ def nearest_labels(
 
 def row_argmax(scores: Tensor) -> Tensor:
     """NumPy's argmax is vectorised along a row and torch's is not: half the time on a CPU."""
-    return scores.argmax(1) if scores.is_cuda else torch.from_numpy(np.argmax(scores.numpy(), axis=1))
+    return scores.argmax(1) if scores.is_cuda else torch.from_numpy(np.argmax(scores.detach().numpy(), axis=1))
 
 
 def nearest(x: Tensor, centroids: Tensor, metric: str) -> Assignment:
@@ -166,11 +167,18 @@ def finish(draft: Clustering, features: Tensor, x: Tensor, labels: Tensor | None
         raise UsageError("some clusters got no image", received=f"empty clusters {empty}", hint="fewer clusters")
     health = draft.health | size_health(sizes_K) | {"border_share": border_share(x, draft)}
     health["assign_agreement"] = (draft.assign(features).labels == labels_N).float().mean().item()
-    mean_size = len(labels_N) / len(draft)
-    if mean_size < 40 <= len(labels_N) // 2:
-        advice = f"{mean_size:.0f} images a cluster are few; with 40 images each use {len(labels_N) // 40} clusters"
-        health["warnings"] = [*health.get("warnings", []), advice]
+    health["warnings"] = health.get("warnings", []) + size_warnings(len(labels_N), len(draft), health)
     return replace(draft, labels=labels_N, sizes=sizes_K, health=health)
+
+
+def size_warnings(num_images: int, num_clusters: int, health: dict[str, Any]) -> list[str]:
+    warnings = []
+    if num_images < ENOUGH * num_clusters:
+        fewer = max(num_images // ENOUGH, 1)
+        warnings.append(f"{num_images} images cannot feed {num_clusters} clusters; with {ENOUGH} each use {fewer}")
+    if health["duplicate_share"] > 0.05:
+        warnings.append(f"{health['duplicate_share']:.0%} of the images are duplicates of others")
+    return warnings
 
 
 def size_health(sizes: Tensor) -> dict[str, Any]:

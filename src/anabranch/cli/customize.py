@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`anabranch customize`: for one task, the ordinary checkpoint that serves it."""
+
+from dataclasses import dataclass
+
+from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.errors import DONE
+from anabranch.jobs.settings import CustomizeFlags, CustomizeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(FileAndSet, CustomizeFlags):
+    """Pick the route that serves a task and write it as a plain ViT folder that transformers opens."""
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Flags, argv, "customize")
+    settings = settle(CustomizeSettings, flags, argv)
+    from anabranch.jobs.customize import customize
+
+    customize(settings)
+    return DONE

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`anabranch pretrain`: learn from images, with experts for their clusters or without."""
+
+from dataclasses import dataclass
+
+from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.errors import DONE
+from anabranch.jobs.settings import PretrainFlags, PretrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(FileAndSet, PretrainFlags):
+    """Learn from folders of images. Writes a run that `anabranch customize` takes models from."""
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Flags, argv, "pretrain")
+    settings = settle(PretrainSettings, flags, argv)
+    from anabranch.jobs.pretrain import pretrain
+
+    pretrain(settings)
+    return DONE

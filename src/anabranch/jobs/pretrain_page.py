@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a run of `pretrain`: clusters one can look at, who learns what, and how training went."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.allocate.clusters.record import Clustering
+from anabranch.data.images import Images
+from anabranch.jobs.embed import embed
+from anabranch.models import vit_mae
+from anabranch.report.figures import ClusterSheet, cluster_sheets, curves
+from anabranch.report.page import Page, Section, Table, write
+from anabranch.train.metrics import read_metrics
+
+
+def write_pretrain_page(run: Path, images: Images | None = None) -> Path:
+    """report.html of a run of `pretrain`, finished or not; contact sheets need the images."""
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
+    sections = [*expert_sections(summary), *training_sections(run)]
+    if images is not None and (run / "clusters").is_dir():
+        base = vit_mae.load(run / "base")
+        sections.insert(0, cluster_section(Clustering.load(run / "clusters"), images, embed(base, images)))
+    warnings = summary.get("clusters", {}).get("health", {}).get("warnings", [])
+    if warnings:
+        sections.insert(0, Section("Mind", text=warnings, kind="caution"))
+    page = Page(
+        title="What was learned" if summary else "What was learned (unfinished)",
+        lead=pretrain_lead(summary),
+        facts=[
+            (name, summary[name])
+            for name in ("method", "images", "steps", "images_seen", "quarantine")
+            if name in summary
+        ],
+        sections=sections,
+    )
+    return write(page, run / "report.html")
+
+
+def pretrain_lead(summary: dict[str, Any]) -> list[str]:
+    if not summary:
+        return ["The run is not finished. The same command with --resume goes on."]
+    lead = [f"{summary['method']} learned from {summary['images']:,} images in {summary['steps']:,} steps."]
+    if summary.get("dead_experts"):
+        lead.append(f"Experts without images: {', '.join(summary['dead_experts'])}.")
+    elif "routes" in summary:
+        lead.append("Every expert of every layer serves some clusters.")
+    if "clusters" in summary:
+        health = summary["clusters"]["health"]
+        lead.append(f"{summary['clusters']['line']}; stability {health['stability']:.2f} over resamples.")
+    return lead
+
+
+def expert_sections(summary: dict[str, Any]) -> list[Section]:
+    if "routes" not in summary:
+        return []
+    clusters = [f"c{k}" for k in range(summary["clusters"]["count"])]
+    rows = [[f"layer {layer}", *row] for layer, row in enumerate(summary["routes"])]
+    routes = Table("The expert of every cluster", ["layer", *clusters], rows)
+    load = Table(
+        "Share of the images that each expert serves",
+        ["layer", *(f"expert {e}" for e in range(len(summary["load"][0])))],
+        [[f"layer {layer}", *(f"{100 * share:.0f} %" for share in row)] for layer, row in enumerate(summary["load"])],
+    )
+    return [Section("Who learns what", tables=[routes, load])]
+
+
+def training_sections(run: Path) -> list[Section]:
+    """Loss curves of every stage that has metrics."""
+    figures = []
+    for name, folder in (("base", run / "base-training"), ("this stage", run)):
+        if (folder / "metrics.jsonl").exists() and (lines := read_metrics(folder / "metrics.jsonl")):
+            keys = [key for key in ("loss", "masked", "balance", "distill", "entropy") if key in lines[0]]
+            series = {key: ([l["step"] for l in lines], [l[key] for l in lines], None, None) for key in keys}
+            figures.append(curves(series, "optimiser steps", "training loss", f"Training of the {name}"))
+    return [Section("Training", figures=figures)] if figures else []
+
+
+def cluster_section(clusters: Clustering, images: Images, features: Tensor, domains: Images | None = None) -> Section:
+    """A card a cluster: typical images, images at its border, and whatever else is in it."""
+    text = ["A cluster that shows one kind of image will make an expert of it; a mixed one will not."]
+    return Section(
+        "The clusters",
+        text=text,
+        figures=[cluster_sheets(cluster_cards(clusters, images, features, domains), "The clusters")],
+    )
+
+
+def cluster_cards(
+    clusters: Clustering, images: Images, features: Tensor, domains: Images | None = None, each: int = 8
+) -> list[ClusterSheet]:
+    """Cards of all clusters; `domains` are the same images with labels that are counted in each cluster."""
+    near = torch.cdist(clusters.centroids, clusters.centroids).fill_diagonal_(torch.inf).argmin(1)
+    found = clusters.assign(features)
+    generator = torch.Generator().manual_seed(clusters.seed)
+    cards = []
+    for k in range(len(clusters)):
+        members = (clusters.labels == k).nonzero().flatten()
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        picked = {
+            "nearest": members[found.distance[members].argsort()],
+            "border": members[found.margin[members].argsort()],
+            "random": shuffled,
+        }
+        names, purity = ((), None) if domains is None else label_lift(domains, members)
+        cards.append(
+            ClusterSheet(
+                name=f"cluster {k}",
+                size=len(members),
+                **{name: images.store.read(rows[:each]).numpy() for name, rows in picked.items()},
+                labels=names,
+                purity=purity,
+                sibling=f"cluster {int(near[k])}",
+            )
+        )
+    return cards
+
+
+def label_lift(domains: Images, members: Tensor, most: int = 3) -> tuple[list[tuple[str, float]], float]:
+    """The labels that are commoner here than everywhere, with their lift, and the share of the commonest one."""
+    here = torch.bincount(domains.labels[members], minlength=len(domains.class_names)).double()
+    everywhere = torch.bincount(domains.labels, minlength=len(domains.class_names)).double()
+    lift = (here / here.sum()) / (everywhere / everywhere.sum()).clamp(min=1e-12)
+    order = lift.argsort(descending=True)[:most].tolist()
+    named = [(domains.class_names[i], float(lift[i])) for i in order if here[i] >= 5 and lift[i] > 1]
+    return named, float(here.max() / here.sum())

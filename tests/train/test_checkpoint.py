@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+import random
+import shutil
+
+import pytest
+import torch
+
+from anabranch.errors import AnabranchError
+from anabranch.train.checkpoint import (
+    Checkpoint,
+    checkpoint_steps,
+    load_checkpoint,
+    require_space,
+    save_checkpoint,
+)
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+def snapshot(step):
+    model = {"weight": torch.arange(12.0).reshape(3, 4) + step, "count": torch.tensor(step), "flag": torch.tensor(True)}
+    moments = {"exp_avg/weight": model["weight"] / 3, "step/weight": torch.tensor(float(step))}
+    return Checkpoint(step=step, model=model, optimizer=moments, config={"seed": 1}, extra={"note": [step]})
+
+
+def flip_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position // 8] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
+    saved = snapshot(7)
+    path = save_checkpoint(tmp_path, saved)
+    loaded = load_checkpoint(tmp_path)
+    assert path == loaded.path == tmp_path / "checkpoints" / "step-000007"
+    assert sorted(entry.name for entry in path.iterdir()) == sorted(FILES)
+    for kind in ("model", "optimizer"):
+        before, after = getattr(saved, kind), getattr(loaded.checkpoint, kind)
+        assert before.keys() == after.keys()
+        assert all(
+            torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+        )
+    assert (loaded.checkpoint.step, loaded.checkpoint.config, loaded.checkpoint.extra) == (
+        7,
+        {"seed": 1},
+        {"note": [7]},
+    )
+    assert loaded.skipped == ()
+
+
+def test_tied_strided_and_empty_tensors_survive(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"a": base, "tied": base, "row": base[1], "transposed": base.T, "empty": torch.empty(0, 3)}
+    save_checkpoint(tmp_path, Checkpoint(step=1, model=tensors, optimizer={}, config={}))
+    loaded = load_checkpoint(tmp_path).checkpoint.model
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_state_that_is_no_tensor_is_refused_by_name(tmp_path):
+    with pytest.raises(AnabranchError, match=r"'router._extra_state' cannot be saved\n  expected: a tensor"):
+        save_checkpoint(tmp_path, Checkpoint(step=1, model={"router._extra_state": {}}, optimizer={}, config={}))
+    assert checkpoint_steps(tmp_path) == []
+
+
+def test_only_the_newest_are_kept_and_never_fewer_than_two(tmp_path):
+    for step in (3, 20, 100, 1_000_000):
+        save_checkpoint(tmp_path, snapshot(step))
+    assert checkpoint_steps(tmp_path) == [100, 1_000_000]
+    with pytest.raises(ValueError, match="keep: expected at least 2"):
+        save_checkpoint(tmp_path, snapshot(2_000_000), keep=1)
+
+
+def test_a_damaged_newer_one_does_not_push_out_good_ones(tmp_path):
+    for step in (1, 2, 9):
+        save_checkpoint(tmp_path, snapshot(step), keep=5)
+    flip_bit(tmp_path / "checkpoints" / "step-000009" / "model.safetensors", 2000)
+    save_checkpoint(tmp_path, snapshot(3))
+    assert checkpoint_steps(tmp_path) == [2, 3, 9]
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.checkpoint.step == 3
+    assert [(skipped.path.name, skipped.reason.split(":")[0]) for skipped in loaded.skipped] == [
+        ("step-000009", "model.safetensors")
+    ]
+
+
+@pytest.mark.parametrize("flips", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_every_flipped_bit_is_noticed_and_the_one_before_is_loaded(tmp_path, flips):
+    save_checkpoint(tmp_path, snapshot(1))
+    newest = save_checkpoint(tmp_path, snapshot(2))
+    positions = random.Random(3)
+    for flip in range(flips):
+        file = newest / FILES[flip % len(FILES)]
+        position = positions.randrange(8 * file.stat().st_size)
+        flip_bit(file, position)
+        loaded = load_checkpoint(tmp_path)
+        assert loaded.checkpoint.step == 1, f"{file.name}, bit {position}"
+        assert [skipped.path for skipped in loaded.skipped] == [newest]
+        flip_bit(file, position)
+    assert load_checkpoint(tmp_path).checkpoint.step == 2
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated"])
+def test_a_torn_checkpoint_is_walked_past(tmp_path, file, damage):
+    save_checkpoint(tmp_path, snapshot(1))
+    path = save_checkpoint(tmp_path, snapshot(2)) / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    assert load_checkpoint(tmp_path).checkpoint.step == 1
+
+
+def test_where_none_can_be_loaded_each_reason_is_given(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    for step in (1, 2):
+        shutil.rmtree(save_checkpoint(tmp_path, snapshot(step)) / "manifest.json", ignore_errors=True)
+        (tmp_path / "checkpoints" / f"step-00000{step}" / "manifest.json").unlink()
+    with pytest.raises(
+        AnabranchError, match=r"step-000002: manifest.json: missing; step-000001: manifest.json: missing"
+    ):
+        load_checkpoint(tmp_path)
+
+
+def test_a_renamed_checkpoint_is_not_believed(tmp_path):
+    path = save_checkpoint(tmp_path, snapshot(2))
+    path.rename(path.with_name("step-000005"))
+    with pytest.raises(AnabranchError, match=r"says step 2, the folder says 5"):
+        load_checkpoint(tmp_path)
+
+
+def test_too_little_space_is_said_before_the_start(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    require_space(tmp_path, 1000)
+    with pytest.raises(AnabranchError, match=rf"expected: at least {4 * free} bytes free \(twice a checkpoint\)"):
+        require_space(tmp_path, 2 * free)
