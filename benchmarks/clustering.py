@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from anabranch.allocate.clusters.capacity import capacity_labels
-from anabranch.allocate.clusters.record import nearest, nearest_labels
+from anabranch.allocate.clusters.record import CHUNK_ROWS, nearest, nearest_labels
 from anabranch.allocate.clusters.sinkhorn import sinkhorn_plan
 from benchmarks._timing import compare
 
@@ -49,8 +49,8 @@ def assignment_cases(x: Tensor, centroids: Tensor) -> dict[str, Callable[[], obj
     index.add(centroids.numpy())
 
     def with_margins() -> None:
-        for i in range(0, len(x), 8192):
-            nearest(x[i : i + 8192], centroids, "cosine")
+        for chunk in x.split(CHUNK_ROWS):
+            nearest(chunk, centroids, "cosine")
 
     return {
         "matmul X @ C.T": lambda: x @ centroids.T,
@@ -79,7 +79,7 @@ def transport_cases(x: Tensor, centroids: Tensor) -> dict[str, Callable[[], obje
 
 
 def hard_balance_quality() -> tuple[float, float]:
-    """Score of the balanced labels over the exact optimum's, N 1,000, K 8; and the largest difference to the log form."""
+    """Score of the balanced labels over that of the exact optimum; largest difference of the plan to the log form."""
     x = unit_rows(1000, 32, seed=1)
     scores = x @ x[:8].T
     slots = scores.repeat(1, 125)

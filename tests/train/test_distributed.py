@@ -56,9 +56,10 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(two_processes, o
 
 
 def test_a_bad_row_in_one_process_is_refused_by_both_before_the_update(two_processes):
-    for rank, (bad_row, not_shareable) in enumerate(r["refused"] for r in two_processes[1]):
+    for rank in two_processes[1]:
+        bad_row, not_shareable = rank["refused"]
         assert "step 4: the loss or its gradient is not finite" in bad_row[1]
-        assert ("another process" if rank == 0 else "the batch entry 'x'") in bad_row[1]
+        assert "the batch entry 'x'" in bad_row[1]
         assert bad_row[2]
         assert not_shareable[0]
         assert "expected: a multiple of the 2 processes\n  received: 7" in not_shareable[1]

@@ -2,7 +2,6 @@
 import json
 
 import pytest
-import torch
 
 from anabranch.errors import AnabranchError
 from anabranch.train.metrics import MeanWindow, MetricsWriter, read_metrics
@@ -55,13 +54,10 @@ def test_values_that_json_has_no_words_for_become_null(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "a": None, "b": None, "c": 2.0}
 
 
-def test_the_window_means_what_was_added_even_where_the_source_changes_later():
-    counter = torch.zeros(())
-    window, values = MeanWindow(), [1.0, 2.0, 6.0]
-    for value in values:
-        counter.fill_(value)
-        window.add({"count": counter, "rare": torch.tensor([4.0])} if value == 2 else {"count": counter})
-    restored = MeanWindow.from_json(json.loads(json.dumps(window.to_json())))
-    assert window.close(lambda means: means) == {"count": 3.0, "rare": 4.0}
-    assert restored.close(lambda means: means) == {"count": 3.0, "rare": 4.0}
+def test_the_window_means_what_was_added_also_after_a_resume():
+    window = MeanWindow()
+    for count in (1.0, 2.0, 6.0):
+        window.add({"count": count, "rare": 4.0} if count == 2 else {"count": count})
+    resumed = MeanWindow(json.loads(json.dumps(window.to_json())))
+    assert window.close() == resumed.close() == {"count": 3.0, "rare": 4.0}
     assert window.to_json() == {}

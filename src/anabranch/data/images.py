@@ -199,9 +199,8 @@ def fit(images: Images, image_size: int | None, channels: int | None) -> Images:
     if channels not in (None, images.channels):
         if channels == 1:
             raise UsageError(f"{images.name}: colour images cannot be turned grey here", expected=3, received=1)
-        images = replace(
-            images, store=Store(tuple(p.expand(-1, 3, -1, -1) for p in images.store.parts), images.store.rows)
-        )
+        parts = tuple(part.expand(-1, 3, -1, -1) for part in images.store.parts)
+        images = replace(images, store=Store(parts, images.store.rows))
     return images
 
 

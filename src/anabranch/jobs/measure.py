@@ -32,6 +32,7 @@ from anabranch.measure.transfer import SHARED, TransferScores, summarise
 from anabranch.models import vit_mae
 from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
+from anabranch.train.publish import replace_folder
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
@@ -68,7 +69,9 @@ def measure(settings: MeasureSettings) -> dict[str, Any]:
     with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), settings.resume) as run:
         corpus = open_corpus(settings)
         cells = plan(settings, corpus)
-        results = run_cells(run.path / "models", cells, (settings, corpus), settings.workers, stop)
+        results = run_cells(
+            run.path / "models", cells, train_and_probe, (settings, corpus, run.path), settings.workers, stop
+        )
         result = conclude(settings, corpus, cells, results)
         write_json(run.path / "transfer.json", result)
     from anabranch.jobs.pages import write_transfer_page
@@ -134,29 +137,39 @@ def plan(settings: MeasureSettings, corpus: Corpus) -> list[Cell]:
 
 
 def run_cells(
-    folder: Path, cells: Sequence[Cell], shared: tuple[Any, Any], workers: int | None, stop: StopFlag
+    folder: Path,
+    cells: Sequence[Any],
+    work: Callable[[Any, Any], Any],
+    shared: Any,
+    workers: int | None,
+    stop: StopFlag,
 ) -> dict[str, Any]:
-    """{cell key: result}, trained now or read from a former attempt."""
+    """{cell key: result of `work(shared, cell)`}, done now or read from a former attempt."""
     folder.mkdir(exist_ok=True)
     results = {
         cell.key: json.loads(path.read_text()) for cell in cells if (path := folder / f"{cell.key}.json").exists()
     }
     missing = [cell for cell in cells if cell.key not in results]
-    with Progress("models", total=len(cells), done=len(results)) as progress:
-        for cell, result in side_by_side(train_and_probe, shared, missing, workers, lambda: stop.is_set):
+    with Progress(folder.name, total=len(cells), done=len(results)) as progress:
+        for cell, result in side_by_side(work, shared, missing, workers, lambda: stop.is_set):
             write_json(folder / f"{cell.key}.json", result)
             results[cell.key] = result
-            progress.advance(f"{cell.model}, seed {cell.seed}: loss {result['losses'][-1][1]:.3f}")
+            progress.advance(f"{cell.key}: {result['seconds']:.0f} s")
     if stop.is_set:
         raise Stopped(
-            f"stopped with {len(results)} of {len(cells)} models finished", hint="the same command with --resume"
+            f"stopped with {len(results)} of {len(cells)} {folder.name} finished", hint="the same command with --resume"
         )
     return results
 
 
-def train_and_probe(shared: tuple[MeasureSettings, Corpus], cell: Cell) -> dict[str, Any]:
+def shared_model(run: Path, seed: int) -> Path:
+    """Where the model that learned from all sources is kept: a base for experts."""
+    return run / "shared" / f"seed-{seed}"
+
+
+def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) -> dict[str, Any]:
     """One model from scratch, probed on all tasks on its way and at its end."""
-    settings, corpus = shared
+    settings, corpus, run = shared
     started = time.perf_counter()
     pools = [corpus.sources[i] for i in cell.members]
     if cell.images_a_source is not None:
@@ -186,6 +199,7 @@ def train_and_probe(shared: tuple[MeasureSettings, Corpus], cell: Cell) -> dict[
     }
     if cell.model == SHARED:
         result |= look_inside(model, corpus, cell.seed)
+        replace_folder(model.eval().save_pretrained, shared_model(run, cell.seed))
     return result
 
 

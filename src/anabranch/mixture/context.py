@@ -14,7 +14,8 @@ Gradient checkpointing runs a block again in the backward pass, when the `with` 
 The context is therefore packed with the tensors that autograd saves (the inputs of a checkpointed block are among them,
 with either value of `use_reentrant`), and unpacking these just before the block is run again restores it. The hooks
 cost about 3 % on a very small model, so they are set only if a module has `gradient_checkpointing` switched on, as
-transformers does, or if the caller passes `recompute=True`.
+transformers does, or if the caller passes `recompute=True`. A second run whose context is unknown is an error, never a
+guess; hooks that other code sets around a block (activation offloading) hide ours and lead to it.
 """
 
 import threading
@@ -117,12 +118,12 @@ def route(model: nn.Module, context: Context, *, recompute: bool | None = None) 
 
     `recompute=True` announces `torch.utils.checkpoint` inside the model; transformers' own switch is seen without it.
     """
-    modules = list(model.modules())
-    slots = [slot for module in modules if isinstance(slot := getattr(module, "slot", None), Slot)]
+    own = [vars(module) for module in model.modules()]
+    slots = [slot for attributes in own if isinstance(slot := attributes.get("slot"), Slot)]
     if not slots:
         raise UsageError("this model has no mixture layer, nothing would be routed", received=type(model).__name__)
     if recompute is None:
-        recompute = any(getattr(module, "gradient_checkpointing", False) for module in modules)
+        recompute = any(attributes.get("gradient_checkpointing", False) for attributes in own)
     frames = [Frame(context, seed) for seed in layer_seeds(context.generator, len(slots))]
     before = [slot.active for slot in slots]
     for slot, frame in zip(slots, frames, strict=True):

@@ -166,7 +166,8 @@ class ExpertBank(ModuleBank):
 
     def run_sorted(self, rows: Tensor, experts: Sequence[int], sizes: Sequence[int], **extras: Any) -> Tensor:
         chosen = [cast(Any, self.experts[expert]) for expert in experts]
-        if extras or not all(plain(expert, rows) for expert in chosen):
+        autocast = torch.is_autocast_enabled(rows.device.type)
+        if extras or autocast or not all(plain(expert, rows.dtype) for expert in chosen):
             return super().run_sorted(rows, experts, sizes, **extras)
         per_sample = rows[0].numel() // rows.shape[-1]
         x_TD, row_sizes = rows.flatten(0, -2), [size * per_sample for size in sizes]
@@ -198,13 +199,18 @@ class ExpertBank(ModuleBank):
         return StackedBank(tensors, cast(nn.Module, self[0].activation_fn))
 
 
-def plain(expert: Any, rows: Tensor) -> bool:
-    """Whether calling the module would do no more than its formula: no adapter in it, no hook, no autocast."""
-    linears = (expert.fc1, expert.fc2)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (expert, expert.activation_fn, *linears))
-    learned = next(expert.activation_fn.parameters(), None) is not None
-    simple = all(type(m) is nn.Linear and m.bias is not None and m.weight.dtype == rows.dtype for m in linears)
-    return simple and not (hooked or learned or torch.is_autocast_enabled(rows.device.type))
+def plain(expert: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling the module does no more than its formula: no adapter in it, no hook, no learned activation."""
+    parts = expert._modules
+    fc1, fc2, activation_fn = cast(Any, parts["fc1"]), cast(Any, parts["fc2"]), cast(nn.Module, parts["activation_fn"])
+    return (
+        type(fc1) is type(fc2) is nn.Linear
+        and fc1.weight.dtype == fc2.weight.dtype == dtype
+        and fc1.bias is not None
+        and fc2.bias is not None
+        and not (activation_fn._parameters or activation_fn._modules)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (expert, fc1, fc2, activation_fn))
+    )
 
 
 class StackedBank(Bank):

@@ -183,6 +183,10 @@ class Adjust(nn.Module):
     def forward(self, router_logits: Tensor, draw: Draw | None) -> Tensor:
         raise NotImplementedError
 
+    def take(self, experts: Sequence[int]) -> "Adjust":
+        """The stage for these experts only; one that keeps something for each expert overrides this."""
+        return copy.deepcopy(self)
+
 
 class GateNoise(Adjust):
     """n ~ N(0, std^2), in training only; std = 1 / E unless given. Reweighs: the noise is part of p."""
@@ -280,13 +284,14 @@ class Router(nn.Module):
             raise missing_context(f"the {key} of each sample", f"ids={{{key!r}: ids}}")
         ids = frame.ids(key, len(hidden_states)).to(hidden_states.device)
         table = self.decide(self.score(), self.draw(frame))
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(table.scores):
+        try:
+            return table.rows(ids)
+        except IndexError as error:
             raise UsageError(
                 f"a sample belongs to an unknown {key}",
                 expected=f"ids in 0..{len(table.scores) - 1}",
                 received=f"ids in {int(ids.min())}..{int(ids.max())}",
-            )
-        return table.rows(ids)
+            ) from error
 
     def route_tokens(self, hidden_states: Tensor, frame: Frame | None) -> Routing:
         batch, length = hidden_states.shape[:2]
@@ -339,5 +344,6 @@ class Router(nn.Module):
         """A router over these experts only, in this order; goes with `bank.take`."""
         taken = copy.deepcopy(self)
         taken.score = cast(Score, self.score).take(experts)
+        taken.adjust = nn.ModuleList(cast(Adjust, stage).take(experts) for stage in self.adjust)
         taken.check()
         return taken

@@ -50,7 +50,7 @@ class LoadStats:
     def max_violation(self) -> dict[str, float]:
         """0: every expert has the same load; E - 1: one has it all."""
         return {
-            layer: (counts.max() * len(counts) / counts.sum().clamp(min=1) - 1).item()
+            layer: (counts.max() * len(counts) / counts.sum() - 1).item() if counts.any() else 0.0
             for layer, counts in self.tokens_per_expert.items()
         }
 

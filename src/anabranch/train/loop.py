@@ -12,6 +12,7 @@ and makes all processes stop, or refuse a step, together.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -72,7 +73,7 @@ def train(
     run: Path | None = None,
     *,
     resume: bool = False,
-    on_step: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Minimise `objective(batch)["loss"]` over the parameters that require a gradient.
@@ -91,7 +92,7 @@ def train(
         started = time.perf_counter()
         while loop.step < config.steps:
             logs = loop.advance(stream.batch(loop.step), stop)
-            losses.append(loop.loss)
+            losses.append(logs["loss"])
             if on_step is not None:
                 on_step(loop.step, logs)
             loop.record()
@@ -135,7 +136,7 @@ class _Loop:
         self.optimizer = build_optimizer(objective, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.window = MeanWindow()
-        self.step, self.loss, self.stopping = 0, math.nan, False
+        self.step, self.stopping = 0, False
 
     # Opening and resuming ------------------------------------------------------------------------------------------
 
@@ -169,7 +170,7 @@ class _Loop:
         _check_same_config(checkpoint.config, _config_values(self.config))
         _load_model(self.objective, checkpoint.model)
         load_optimizer_tensors(self.objective, self.optimizer, checkpoint.optimizer)
-        self.window = MeanWindow.from_json(checkpoint.extra["window"])
+        self.window = MeanWindow(checkpoint.extra["window"])
         self.step = checkpoint.step
         self.report(f"resumed from {loaded.path.name}")
 
@@ -180,7 +181,7 @@ class _Loop:
 
     # One step ------------------------------------------------------------------------------------------------------
 
-    def advance(self, batch: dict[str, Tensor], stop: StopFlag) -> dict[str, Tensor]:
+    def advance(self, batch: dict[str, Tensor], stop: StopFlag) -> dict[str, float]:
         """Forward, backward, agree, update. Raises before the update if the loss or the gradient is not finite."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = local_rows(batch, self.config.batch_size, rank, world)
@@ -193,18 +194,28 @@ class _Loop:
             self.accelerator.backward(outputs["loss"])
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
-        # The one read from the device in a step: an update with NaN could not be taken back.
-        flags = [outputs["loss"].detach().float(), norm.float(), norm.new_tensor(float(stop.is_set)).float()]
-        agreed = self.accelerator.reduce(torch.stack(flags), reduction="mean")
-        self.loss, grad_norm, stopping = agreed.tolist()
-        if not (math.isfinite(self.loss) and math.isfinite(grad_norm)):
-            self.refuse(batch, rows, seed)
+        logs = self.agree(outputs | {"grad_norm": norm}, stop)
+        if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
+            self.refuse(batch, rows, seed, logs["loss"])
         self.update(norm)
-        self.step, self.stopping = self.step + 1, stopping > 0
-        logs = {name: value.detach().to(self.device) for name, value in outputs.items()}
-        logs |= {"loss": agreed[0], "grad_norm": agreed[1]}
+        self.step += 1
         self.window.add(logs)
         return logs
+
+    def agree(self, scalars: dict[str, Tensor], stop: StopFlag) -> dict[str, float]:
+        """The step's scalars, averaged over the processes, and in `stopping` whether any of them was told to stop.
+
+        The one read from the device in a step: an update with NaN could not be taken back.
+        """
+        names = sorted(scalars)
+        values = torch.stack([scalars[name].detach().to(self.device).float().reshape(()) for name in names])
+        self.stopping = stop.is_set
+        if self.accelerator.num_processes > 1:
+            flag = values.new_tensor([float(stop.is_set)])
+            *means, stopping = self.accelerator.reduce(torch.cat([values, flag]), reduction="mean").tolist()
+            self.stopping = stopping > 0
+            return dict(zip(names, means, strict=True))
+        return dict(zip(names, values.tolist(), strict=True))
 
     def forward(self, module: nn.Module, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         bf16 = self.config.mixed_precision == "bf16"
@@ -221,14 +232,14 @@ class _Loop:
         # None, not zero: AdamW skips a parameter without a gradient, but would decay one whose gradient is zero.
         self.optimizer.zero_grad(set_to_none=True)
 
-    def refuse(self, batch: dict[str, Tensor], rows: dict[str, Tensor], seed: int) -> NoReturn:
+    def refuse(self, batch: dict[str, Tensor], rows: dict[str, Tensor], seed: int, loss: float) -> NoReturn:
         """Keep the batch for a replay and say where the first non-finite value is."""
 
         def forward_again() -> None:
             with seeded(seed, self.device):
                 self.forward(self.objective, rows)
 
-        cause = first_non_finite(self.objective, rows, forward_again)
+        cause = first_non_finite(self.objective, batch, forward_again)
         step, hint = self.step + 1, "a lower learning rate, a longer warm-up, or --set max_grad_norm=1"
         if self.run is not None and self.is_main:
             replay = self.run / f"replay-step-{step}.safetensors"
@@ -237,7 +248,7 @@ class _Loop:
                 hint = f"{hint}; the batch is in {replay}"
         raise AnabranchError(
             f"step {step}: the loss or its gradient is not finite; the step was not applied",
-            received=f"loss {self.loss}; first in {cause}",
+            received=f"loss {loss}; first in {cause}",
             hint=hint,
         )
 
@@ -252,7 +263,7 @@ class _Loop:
             self.save()
 
     def log(self) -> None:
-        means = self.window.close(lambda values: self.accelerator.reduce(values, reduction="mean"))
+        means = self.window.close()
         step_before, time_before = self.last_line
         self.last_line = (self.step, time.perf_counter())
         rate = (self.step - step_before) * self.config.batch_size / max(1e-9, self.last_line[1] - time_before)
@@ -283,11 +294,21 @@ class _Loop:
 
 def _accelerator(config: TrainConfig) -> Any:
     """One process, or data-parallel ones. Autocast is our own: accelerate's would stay on the objective's forward."""
-    data_parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1, kwargs_handlers=[data_parallel])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        # Without this, processes that a launcher started on a machine without accelerators would not know each other.
+        cpu=launched > 1 and not torch.accelerator.is_available(),
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     kind, world = accelerator.distributed_type.value, accelerator.num_processes
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        raise UsageError(f"the launcher asks for {kind}", expected="one process, or data-parallel processes (torchrun)")
+    if world != launched or (kind != "NO" and not kind.startswith("MULTI_")):
+        raise UsageError(
+            "cannot train with these processes",
+            expected="one, or several that share the data (torchrun --nproc_per_node N)",
+            received=f"{launched} started, {world} connected, as {kind}",
+        )
     if config.batch_size % world:
         raise UsageError(
             "batch_size cannot be shared out",

@@ -8,12 +8,9 @@ lines beyond the step that it resumes from, so that each step is told once.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from anabranch.errors import AnabranchError
 
@@ -53,36 +50,25 @@ class MetricsWriter:
 
 
 class MeanWindow:
-    """Means of scalars since the last line; they are read from the device only when a line is due."""
+    """Means of scalars since the last line."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+    def __init__(self, state: Mapping[str, Sequence[float]] | None = None):
+        self._sums = {name: (total, int(count)) for name, (total, count) in (state or {}).items()}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
+    def add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            scalar = value.detach().reshape(()).float()
-            # A new tensor each time: the objective may go on changing the one that it gave us.
-            self._sums[name] = scalar + (self._sums[name].to(scalar.device) if name in self._sums else 0)
-            self._counts[name] = self._counts.get(name, 0) + 1
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + 1)
 
-    def close(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means, and an empty window. `reduce` averages over processes, all of which must have the same names."""
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        self._sums, self._counts = {}, {}
-        return dict(zip(names, reduce(means).tolist(), strict=True))
+    def close(self) -> dict[str, float]:
+        """The means, and an empty window."""
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
 
     def to_json(self) -> dict[str, list[float]]:
         """A half-full window goes into the checkpoint, so that a resumed run writes the lines it would have written."""
-        return {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, list[float]]) -> "MeanWindow":
-        window = cls()
-        window._sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
-        window._counts = {name: int(count) for name, (_, count) in state.items()}
-        return window
+        return {name: [total, count] for name, (total, count) in self._sums.items()}
 
 
 def _lines(path: Path) -> list[tuple[dict[str, Any], int]]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 def first_non_finite(objective: nn.Module, batch: Mapping[str, Tensor], forward: Callable[[], Any]) -> str:
     """Name the first non-finite thing in the order of cause: the batch, a parameter, a module's output, a gradient.
 
-    `forward` repeats the forward pass of the failed step; the gradients of that step must still be there.
+    `batch` is the global one, so that every process can name a bad row; `forward` repeats the failed forward pass of
+    this process. The gradients of the failed step must still be there.
     """
     for name, tensor in batch.items():
         if not _finite(tensor):

@@ -34,23 +34,31 @@ def capacity_labels(scores: Tensor, capacity: Tensor | int, minimum: Tensor | in
 def fill(scores: Tensor, capacity: Tensor) -> Tensor:
     """Every waiting row asks for its best open cluster; a full cluster keeps those with the largest margin.
 
-    Each pass closes a cluster or ends, so there are at most K passes.
+    Each pass closes a cluster or ends, so there are at most K passes, over ever fewer rows.
     """
-    open_NK = scores.clone()
     labels_N = torch.full((len(scores),), -1)
     free_K = capacity.clone()
-    waiting = torch.arange(len(scores))
-    while len(waiting):
-        asked_WK = open_NK[waiting]
-        choice_W = row_argmax(asked_WK)
-        best_W = asked_WK.gather(1, choice_W[:, None]).squeeze(1)
-        margin_W = best_W - asked_WK.scatter(1, choice_W[:, None], -torch.inf).amax(1)
-        kept_W = rank_within(choice_W, margin_W) < free_K[choice_W]
-        labels_N[waiting[kept_W]] = choice_W[kept_W]
+    waiting_W, open_WK = torch.arange(len(scores)), scores.clone()
+    while len(waiting_W):
+        choice_W = row_argmax(open_WK)
+        best_W = open_WK.gather(1, choice_W[:, None]).squeeze(1)
+        # In place, for a row is only turned away by a cluster that is full, and so closed to it from now on.
+        margin_W = best_W - open_WK.scatter_(1, choice_W[:, None], -torch.inf).amax(1)
+        kept_W = choose(choice_W, margin_W, free_K)
+        labels_N[waiting_W[kept_W]] = choice_W[kept_W]
         free_K -= torch.bincount(choice_W[kept_W], minlength=len(free_K))
-        waiting = waiting[~kept_W]
-        open_NK[:, free_K == 0] = -torch.inf
+        waiting_W, open_WK = waiting_W[~kept_W], open_WK[~kept_W]
+        open_WK[:, free_K == 0] = -torch.inf
     return labels_N
+
+
+def choose(choice: Tensor, margin: Tensor, free: Tensor) -> Tensor:
+    """Which rows get the cluster they ask for: all where there is room, else the largest margins."""
+    kept_W = torch.ones_like(choice, dtype=torch.bool)
+    crowded_K = torch.bincount(choice, minlength=len(free)) > free
+    rows = crowded_K[choice].nonzero().flatten()
+    kept_W[rows] = rank_within(choice[rows], margin[rows]) < free[choice[rows]]
+    return kept_W
 
 
 def rank_within(groups: Tensor, priority: Tensor) -> Tensor:
@@ -67,14 +75,11 @@ def rank_within(groups: Tensor, priority: Tensor) -> Tensor:
 def raise_to_minimum(scores: Tensor, labels: Tensor, minimum: Tensor) -> Tensor:
     """Clusters that are too small take the rows that lose least, from clusters that can spare them."""
     labels_N = labels.clone()
-    for k in range(len(minimum)):
+    for k in (torch.bincount(labels_N, minlength=len(minimum)) < minimum).nonzero().flatten().tolist():
         sizes_K = torch.bincount(labels_N, minlength=len(minimum))
-        lacking = int(minimum[k] - sizes_K[k])
-        if lacking <= 0:
-            continue
         gain_N = scores[:, k] - scores.gather(1, labels_N[:, None]).squeeze(1)
         spare_K = (sizes_K - minimum).clamp(min=0)
-        spare_K[k] = 0
         movable = (rank_within(labels_N, gain_N) < spare_K[labels_N]).nonzero().flatten()
+        lacking = int(minimum[k] - sizes_K[k])
         labels_N[movable[gain_N[movable].argsort(descending=True, stable=True)[:lacking]]] = k
     return labels_N

@@ -52,7 +52,7 @@ class Scaler:
                 received=tuple(features.shape),
                 hint="use the encoder and the pooling that the clusters were fitted with",
             )
-        x_ND = features.float()
+        x_ND = features.detach().float()
         if len(self.kept) < self.num_features:
             x_ND = x_ND[:, self.kept]
         x_ND = (x_ND - self.mean) / self.std
@@ -80,7 +80,7 @@ def prepare(features: Tensor, config: FeatureConfig, generator: torch.Generator)
             received=f"{distinct} distinct rows of {len(features)}",
             hint=f"at most {distinct} clusters",
         )
-    seen_nD = features[rows].float()
+    seen_nD = features[rows].detach().float()
     scaler = fit_scaler(seen_nD, config)
     rank = check_rank(seen_nD, scaler, config.min_rank)
     dropped = sorted(set(range(features.shape[1])) - set(scaler.kept.tolist()))
@@ -92,7 +92,7 @@ def row_keys(features: Tensor, chunk_rows: int = 8192) -> Tensor:
     """64 bits a row: equal rows have equal keys, wherever they stand."""
     mixer = torch.Generator().manual_seed(0)
     weights_D = torch.randint(-(2**62), 2**62, (features.shape[1],), generator=mixer) * 2 + 1
-    chunks = [features[i : i + chunk_rows].float().cpu() + 0.0 for i in range(0, len(features), chunk_rows)]
+    chunks = [chunk.detach().float() + 0.0 for chunk in features.split(chunk_rows)]  # + 0.0 turns -0.0 into 0.0
     return torch.cat([(chunk.contiguous().view(torch.int32) * weights_D).sum(1) for chunk in chunks])
 
 

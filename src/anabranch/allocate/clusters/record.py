@@ -19,6 +19,10 @@ from anabranch.allocate.clusters.features import Scaler
 from anabranch.errors import AnabranchError, UsageError
 
 FORMAT = "anabranch.clusters/1"
+CHUNK_ROWS = 16_384
+"""Rows that are transformed at a time."""
+BLOCK_SCORES = 2**21
+"""Scores held at a time, 8 MB: few enough to stay in the cache, enough to keep the threads busy."""
 ENOUGH = 40
 """Images that a cluster should have before an expert is trained on it."""
 
@@ -52,17 +56,16 @@ class Clustering:
         """Features as the centroids see them: constant ones dropped, standardised, on the unit sphere."""
         return self.scaler.transform(features)
 
-    def assign(self, features: Tensor, chunk_rows: int = 8192) -> Assignment:
+    def assign(self, features: Tensor, chunk_rows: int = CHUNK_ROWS) -> Assignment:
         """The nearest centroid of *new* rows. The bias belongs to the training set's balance and is not used."""
-        chunks = [features[i : i + chunk_rows] for i in range(0, len(features), chunk_rows)] or [features]
-        parts = [nearest(self.transform(chunk), self.centroids, self.metric) for chunk in chunks]
+        parts = [nearest(self.transform(chunk), self.centroids, self.metric) for chunk in features.split(chunk_rows)]
         return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def training_labels(self, features: Tensor, chunk_rows: int = 8192) -> Tensor:
+    def training_labels(self, features: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
         """a_n = argmax_k s_nk / epsilon + log v_k: the label of rows that belong to the training set."""
         return torch.cat([*self.training_chunks(features, chunk_rows)])
 
-    def training_chunks(self, features: Tensor, chunk_rows: int = 8192, start: int = 0) -> Iterator[Tensor]:
+    def training_chunks(self, features: Tensor, chunk_rows: int = CHUNK_ROWS, start: int = 0) -> Iterator[Tensor]:
         """`training_labels` in pieces, for a set that does not fit in memory; `start` resumes a stopped pass."""
         bias_K = None if self.log_bias is None else self.config["epsilon"] * self.log_bias
         for i in range(start, len(features), chunk_rows):
@@ -121,30 +124,38 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def scores_into(x: Tensor, centroids: Tensor, metric: str, bias: Tensor | None = None) -> Tensor:
-    """s_nk, larger is nearer: the cosine, or x.c - |c|^2 / 2, plus a bias per cluster."""
-    if metric == "euclidean":
-        half_K = centroids.square().sum(1) / 2
-        bias = -half_K if bias is None else bias - half_K
-    return x @ centroids.T if bias is None else torch.addmm(bias, x, centroids.T)
+def score_bias(centroids: Tensor, metric: str, bias: Tensor | None = None) -> Tensor | None:
+    """What a centroid's score has besides x.c: nothing for the cosine, -|c|^2 / 2 for the Euclidean order."""
+    if metric == "cosine":
+        return bias
+    half_K = centroids.square().sum(1) / 2
+    return -half_K if bias is None else bias - half_K
 
 
-def nearest_labels(
-    x: Tensor, centroids: Tensor, metric: str, bias: Tensor | None = None, chunk_rows: int = 8192
-) -> Tensor:
-    """argmax_k s_nk + bias_k, holding never more than chunk_rows x K scores."""
-    chunks = [x[i : i + chunk_rows] for i in range(0, len(x), chunk_rows)]
-    labels = [row_argmax(scores_into(chunk, centroids, metric, bias)) for chunk in chunks]
-    return torch.cat(labels) if labels else x.new_zeros(0, dtype=torch.int64)
+def nearest_labels(x: Tensor, centroids: Tensor, metric: str, bias: Tensor | None = None) -> Tensor:
+    """argmax_k x.c_k + bias_k, holding never more than BLOCK_SCORES scores, in memory that is kept."""
+    added_K = score_bias(centroids, metric, bias)
+    columns_dK = centroids.T.contiguous()
+    block = max(BLOCK_SCORES // len(centroids), 1)
+    scores_BK = x.new_empty(min(block, len(x)), len(centroids))
+    labels_N = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for i in range(0, len(x), block):
+        rows, out = x[i : i + block], scores_BK[: len(x) - i]
+        scores = (
+            torch.mm(rows, columns_dK, out=out) if added_K is None else torch.addmm(added_K, rows, columns_dK, out=out)
+        )
+        labels_N[i : i + block] = row_argmax(scores)
+    return labels_N
 
 
 def row_argmax(scores: Tensor) -> Tensor:
     """NumPy's argmax is vectorised along a row and torch's is not: half the time on a CPU."""
-    return scores.argmax(1) if scores.is_cuda else torch.from_numpy(np.argmax(scores.detach().numpy(), axis=1))
+    return scores.argmax(1) if scores.is_cuda else torch.from_numpy(np.argmax(scores.numpy(), axis=1))
 
 
 def nearest(x: Tensor, centroids: Tensor, metric: str) -> Assignment:
-    scores_NK = scores_into(x, centroids, metric)
+    added_K = score_bias(centroids, metric)
+    scores_NK = x @ centroids.T if added_K is None else torch.addmm(added_K, x, centroids.T)
     labels_N = row_argmax(scores_NK)
     best_N = scores_NK.gather(1, labels_N[:, None]).squeeze(1)
     second_N = scores_NK.scatter_(1, labels_N[:, None], -torch.inf).amax(1)
@@ -193,6 +204,7 @@ def size_health(sizes: Tensor) -> dict[str, Any]:
 
 def border_share(x: Tensor, clustering: Clustering) -> float:
     """Share of rows whose margin is under 5 % of the median distance: they could as well be elsewhere."""
-    found = [nearest(x[i : i + 8192], clustering.centroids, clustering.metric) for i in range(0, len(x), 8192)]
+    chunks = x.split(CHUNK_ROWS)
+    found = [nearest(chunk, clustering.centroids, clustering.metric) for chunk in chunks]
     distance_N, margin_N = (torch.cat(column) for column in zip(*(part[1:] for part in found), strict=True))
     return (margin_N < 0.05 * distance_N.median()).float().mean().item()

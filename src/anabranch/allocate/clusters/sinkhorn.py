@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from anabranch.allocate.clusters.capacity import capacity_labels
 from anabranch.allocate.clusters.features import FeatureConfig, prepare
 from anabranch.allocate.clusters.kmeans import lloyd
-from anabranch.allocate.clusters.record import Clustering, finish, nearest_labels, row_argmax, scores_into
+from anabranch.allocate.clusters.record import CHUNK_ROWS, Clustering, finish, nearest_labels, row_argmax
 from anabranch.errors import UsageError
 from anabranch.measure.clusters.structure import purity
 
@@ -166,7 +166,7 @@ def transport(x: Tensor, centroids: Tensor, target: Tensor, config: Config) -> t
     """Plan and centroids in turn; the plan that is returned belongs to the centroids that are returned."""
     labels_n, log_v = torch.full((len(x),), -1), None
     for turn in range(1, config.rounds + 1):
-        scores_nK = scores_into(x, centroids, "cosine")
+        scores_nK = x @ centroids.T
         plan = sinkhorn_plan(scores_nK, config.epsilon, config.iterations, config.tolerance, target, log_v)
         log_v = plan.log_v
         before_n, labels_n = labels_n, row_argmax(scores_nK + config.epsilon * log_v)
@@ -180,9 +180,8 @@ def hard_labels(draft: Clustering, features: Tensor, target: Tensor, config: Con
     """The plan's argmax, or its capacity rounding, which needs the scores of all rows at once."""
     if config.capacity_factor is None:
         return draft.training_labels(features)
-    chunks = [draft.transform(features[i : i + 8192]) for i in range(0, len(features), 8192)]
-    bias_K = config.epsilon * draft.log_bias
-    scores_NK = torch.cat([scores_into(chunk, draft.centroids, "cosine", bias_K) for chunk in chunks])
+    chunks = [draft.transform(chunk) @ draft.centroids.T for chunk in features.split(CHUNK_ROWS)]
+    scores_NK = torch.cat(chunks).add_(config.epsilon * draft.log_bias)
     fair_K = (len(features) * target).tolist()
     capacity = torch.tensor([ceil(config.capacity_factor * fair - 1e-6) for fair in fair_K])  # 100.0000001 is 100
     minimum = torch.tensor([max(1, floor(MINIMUM_FACTOR * fair)) for fair in fair_K])
