@@ -6,6 +6,7 @@ same round, median over the rounds.
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import faiss
@@ -63,6 +64,11 @@ def assignment_cases(x: Tensor, centroids: Tensor) -> dict[str, Callable[[], obj
     }
 
 
+def many_clusters_cases(x: Tensor, centroids: Tensor) -> dict[str, Callable[[], object]]:
+    cases = assignment_cases(x, centroids)
+    return {name: cases[name] for name in ("matmul X @ C.T", "anabranch, cosine labels", "faiss IndexFlatL2")}
+
+
 def transport_cases(x: Tensor, centroids: Tensor) -> dict[str, Callable[[], object]]:
     scores = x @ centroids.T
 
@@ -104,8 +110,11 @@ def main(rounds: int = 9) -> None:
     try:
         x, centroids = unit_rows(N, D, seed=0), unit_rows(K, D, seed=2)
         print(f"clustering: N {N:,}, K {K}, D {D}, float32, {THREADS} threads, median of {rounds} interleaved rounds")
+        print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors; above 1 it delays every barrier")
         bars = {"anabranch, cosine labels": 1.15, "anabranch, Euclidean labels": 1.15}
         print_table("one assignment pass", assignment_cases(x, centroids), bars, rounds)
+        many = many_clusters_cases(x, unit_rows(4 * K, D, seed=3))
+        print_table(f"one assignment pass, K {4 * K}", many, bars, rounds)
         bars = {"anabranch plan, 3 iterations": 1.0}
         print_table("balanced transport, scores given", transport_cases(x, centroids), bars, rounds)
         quality, difference = hard_balance_quality()

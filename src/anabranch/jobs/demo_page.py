@@ -194,7 +194,7 @@ def what_it_takes(result: dict[str, Any]) -> Section:
     text = []
     if oracle:
         text.append(
-            f"The bound: experts of the true domains gain {estimated(oracle[0])} points ({oracle[0]['verdict']}). Where "
+            f"The bound: experts of the true domains gain {estimated(oracle[0])} points ({oracle[0]['verdict']}). If "
             "this interval holds zero, no clustering can be expected to show a gain of experts of this kind."
         )
     if apart:

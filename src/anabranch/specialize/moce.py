@@ -99,7 +99,8 @@ def insert(
         module = model.get_submodule(name)
         bank_type = ExpertBank if config.expert_scope == "ffn" else ModuleBank
         bank = bank_type.from_template(module, config.num_experts, noise=config.init_noise, generator=generator)
-        model.set_submodule(name, Mixture(cluster_router(centroids, groups, config, generator), bank))
+        mixture = Mixture(cluster_router(centroids, groups, config, generator), bank)
+        model.set_submodule(name, mixture.train(module.training))
     return model
 
 

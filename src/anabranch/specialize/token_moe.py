@@ -32,7 +32,7 @@ def insert(model: nn.Module, config: Config, generator: torch.Generator) -> nn.M
         score = LinearScore(module.fc1.in_features, config.num_experts, generator=generator)
         weigh = GATE_SCALES[config.gate_scale]
         router = Router(score, adjust=[GateNoise(config.noise_std)], weigh=weigh, temperature=config.temperature)
-        model.set_submodule(name, Mixture(router, bank))
+        model.set_submodule(name, Mixture(router, bank).train(module.training))
     return model
 
 

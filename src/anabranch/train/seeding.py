@@ -10,7 +10,7 @@ import torch
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """One number from three, such that neighbours are unrelated: the mixer of SplitMix64 (Steele et al. 2014), thrice."""
+    """One number from three, such that neighbours are unrelated: the mixer of SplitMix64 (Steele et al. 2014)."""
     mixed = 0
     for number in (seed, step, rank):
         mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64

@@ -6,7 +6,7 @@ Equation  : max over Y of sum_nk s_nk Y_nk,  Y binary, rows sum to 1,  minimum_k
 Shapes    : N rows, K clusters.
 Differs   : greedy, not min-cost flow: rows with the most to lose choose first, the overflow takes its next best.
             Scores that carry the balanced plan's prices (s + epsilon log v) leave little to overflow.
-Check     : sizes are always within the bounds; with prices at least 99.5 % of the exact optimum's score at N = 400
+Check     : sizes are always within the bounds; with prices at least 99 % of the exact optimum's score at N = 400
             (tests/allocate/clusters/test_capacity.py).
 """
 

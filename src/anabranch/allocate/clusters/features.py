@@ -30,7 +30,7 @@ class FeatureConfig:
     sample_size: int = 262_144
     """Larger sets are fitted on a uniform sample of this many rows and labelled in one pass."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_clusters", "min_rank", "sample_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, received {getattr(self, name)}")

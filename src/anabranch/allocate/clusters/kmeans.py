@@ -26,7 +26,7 @@ class Config(FeatureConfig):
     """One start often ends in a poor optimum, even on four clear blobs."""
     max_iterations: int = 300
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("restarts", "max_iterations"):
             if getattr(self, name) < 1:

@@ -124,6 +124,11 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def scores(x: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """s_nk = x_n.c_k + bias_k; larger is nearer."""
+    return torch.mm(x, columns, out=out) if bias is None else torch.addmm(bias, x, columns, out=out)
+
+
 def score_bias(centroids: Tensor, metric: str, bias: Tensor | None = None) -> Tensor | None:
     """What a centroid's score has besides x.c: nothing for the cosine, -|c|^2 / 2 for the Euclidean order."""
     if metric == "cosine":
@@ -141,10 +146,7 @@ def nearest_labels(x: Tensor, centroids: Tensor, metric: str, bias: Tensor | Non
     labels_N = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for i in range(0, len(x), block):
         rows, out = x[i : i + block], scores_BK[: len(x) - i]
-        scores = (
-            torch.mm(rows, columns_dK, out=out) if added_K is None else torch.addmm(added_K, rows, columns_dK, out=out)
-        )
-        labels_N[i : i + block] = row_argmax(scores)
+        labels_N[i : i + block] = row_argmax(scores(rows, columns_dK, added_K, out))
     return labels_N
 
 
@@ -154,8 +156,7 @@ def row_argmax(scores: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, centroids: Tensor, metric: str) -> Assignment:
-    added_K = score_bias(centroids, metric)
-    scores_NK = x @ centroids.T if added_K is None else torch.addmm(added_K, x, centroids.T)
+    scores_NK = scores(x, centroids.T, score_bias(centroids, metric))
     labels_N = row_argmax(scores_NK)
     best_N = scores_NK.gather(1, labels_N[:, None]).squeeze(1)
     second_N = scores_NK.scatter_(1, labels_N[:, None], -torch.inf).amax(1)
@@ -204,7 +205,6 @@ def size_health(sizes: Tensor) -> dict[str, Any]:
 
 def border_share(x: Tensor, clustering: Clustering) -> float:
     """Share of rows whose margin is under 5 % of the median distance: they could as well be elsewhere."""
-    chunks = x.split(CHUNK_ROWS)
-    found = [nearest(chunk, clustering.centroids, clustering.metric) for chunk in chunks]
+    found = [nearest(chunk, clustering.centroids, clustering.metric) for chunk in x.split(CHUNK_ROWS)]
     distance_N, margin_N = (torch.cat(column) for column in zip(*(part[1:] for part in found), strict=True))
     return (margin_N < 0.05 * distance_N.median()).float().mean().item()

@@ -53,7 +53,7 @@ class Config(FeatureConfig):
     """Bound every training size to [0.5, factor] x its target; 1.1 is a good value. None keeps the plan's argmax."""
     max_size_ratio: float = 3.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("epsilon", "tolerance", "iterations", "rounds"):
             if not getattr(self, name) > 0:
