@@ -6,7 +6,8 @@ before each round (`zero_grad(set_to_none=True)`), as in training, so every roun
 as many products as the dense network; what differs is the number of weights read and of gradients written, which
 is what 32 experts in a batch of 32 images pay for. Ratios to the dense network of the same round, median over rounds.
 
-Besides: the plainest mixture, a loop over experts as modules, and a stacked 3-D parameter sliced in a loop.
+Besides: the dense network plus nothing but the traffic of 32 experts (weights read twice, gradients written once), the
+plainest mixture, a loop over experts as modules, and a stacked 3-D parameter sliced in a loop.
 """
 
 from collections.abc import Callable
@@ -65,6 +66,20 @@ class Sliced(nn.Module):
         return torch.cat(outputs)
 
 
+def traffic(bank: ExpertBank, dense: Callable[[], None]) -> Callable[[], None]:
+    """A dense step, then its memory traffic were its weights those of all experts: no product could hide less."""
+
+    def run() -> None:
+        dense()
+        weights = [parameter.detach() for parameter in bank.parameters() if parameter.ndim == 2]
+        for _ in range(2):
+            for weight in weights:
+                weight.sum()
+        _gradients = [torch.zeros_like(weight) for weight in weights]
+
+    return run
+
+
 def step(module: nn.Module, x: Tensor, gradient: Tensor, clusters: Tensor | None = None) -> Callable[[], None]:
     def run() -> None:
         module.zero_grad(set_to_none=True)
@@ -87,8 +102,10 @@ def cases(dense: FeedForward, generator: torch.Generator, *, peers: bool) -> dic
         images = BATCH // num_experts
         equal = torch.arange(num_experts).repeat_interleave(images)
         if peers:
+            found[f"{num_experts} experts, traffic alone"] = traffic(bank, found["dense"])
             found[f"{num_experts} experts, loop over modules"] = step(Loop(bank, images), x, gradient)
-            found[f"{num_experts} experts, slices of a stack"] = step(Sliced(bank, images), x, gradient)
+            if num_experts == 8:  # with 32 it takes many seconds a round
+                found[f"{num_experts} experts, slices of a stack"] = step(Sliced(bank, images), x, gradient)
             continue
         found[f"{num_experts} experts, equal shares"] = step(fixed, x, gradient, equal)
         if num_experts == 8:

@@ -86,12 +86,22 @@ def test_gradients_are_those_without_checkpointing(small, router, reentrant, run
 def test_the_second_run_records_nothing(small):
     model = Blocks(small, small.cluster_router)
     model.reentrant = False
-    gradients(model, small, backward_after_leaving)
-    taken = routings(model)
-    assert len(taken) == 2
-    model.zero_grad()
-    gradients(model, small, lambda *arguments: (backward_after_leaving(*arguments), routings(model)))
+    with route(model, contexts(small)[0], recompute=True):
+        loss = model(torch.randn(3, 2, small.width, generator=small.seeded()))
+    assert len(routings(model)) == 2
+    loss.backward()
     assert routings(model) == {}
+
+
+def test_the_context_of_an_earlier_step_is_not_taken_for_an_unknown_one(small):
+    model = Blocks(small, small.cluster_router)
+    model.reentrant = False
+    x, (first, second) = torch.randn(3, 2, small.width, generator=small.seeded()), contexts(small)
+    backward_after_leaving(model, x, [first])
+    with route(model, second):
+        loss = model(x)
+    with pytest.raises(UsageError, match="recompute=True"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

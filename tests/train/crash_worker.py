@@ -191,11 +191,10 @@ def kill_at_random(folder, count, save, load):
                 save(folder, step)
                 os.write(writer, step.to_bytes(4, "big"))
         os.close(writer)
-        select.select([reader], [], [])  # it has begun
+        acknowledgements = b"".join(os.read(reader, 4) for _ in range(1 + kill % 2))  # it has begun; it has saved once
         time.sleep(moments.uniform(0, 2 * seconds_a_save))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        acknowledgements = b""
         while select.select([reader], [], [], 0)[0] and (part := os.read(reader, 65536)):
             acknowledgements += part
         os.close(reader)

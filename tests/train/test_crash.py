@@ -33,7 +33,7 @@ def test_dying_at_every_file_system_call_loses_nothing(worker_result, tmp_path):
 def test_20_kills_lose_nothing(some_of_each):
     found = some_of_each["kill"]
     assert found["lost"] == []
-    assert found["saves"] >= 10  # else the kills hit nothing
+    assert found["saves"] >= 10
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_200_kills_lose_nothing_while_saving_in_place_does(worker_result, tmp_pa
         (tmp_path / name).mkdir()
     found = worker_result("crash_worker.py", "kill", tmp_path / "ours", 200)
     assert found["lost"] == []
-    assert found["saves"] >= 100
+    assert found["saves"] >= 100  # else the kills hit nothing
     control = worker_result("crash_worker.py", "kill-in-place", tmp_path / "in-place", 200)
     assert len(control["lost"]) >= 1  # the test can see a loss
 

@@ -3,6 +3,7 @@
 
 import contextlib
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from anabranch.train import loop
 from anabranch.train.checkpoint import load_checkpoint
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.metrics import read_metrics
+from anabranch.train.run_folder import RunFolder
 
 STEPS = 32
 CONFIG = TrainConfig(
@@ -95,6 +97,21 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_no_bits(tiny, tmp_path):
     ]
     assert equal(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "whole"))
     assert lines_without_speed(tmp_path / "run") == lines_without_speed(tmp_path / "whole")
+
+
+def test_a_run_that_never_saved_resumes_at_step_0(tiny, tmp_path):
+    def fail(step, logs):
+        raise RuntimeError("no power")
+
+    with RunFolder.open(tmp_path / "run", asdict(CONFIG)) as run, pytest.raises(RuntimeError):
+        train(tiny.TinyObjective(), tiny.TinyStream(), CONFIG, run.path, on_step=fail)
+    lines = []
+    with RunFolder.open(tmp_path / "run", asdict(CONFIG), resume=True) as run:
+        train(tiny.TinyObjective(), tiny.TinyStream(), CONFIG, run.path, resume=True, report=lines.append)
+    assert lines[0] == "starting at step 0"
+    train(tiny.TinyObjective(), tiny.TinyStream(), CONFIG, tmp_path / "whole")
+    assert equal(final_tensors(run.path), final_tensors(tmp_path / "whole"))
+    assert lines_without_speed(run.path) == lines_without_speed(tmp_path / "whole")
 
 
 def test_sigterm_leaves_a_finished_checkpoint_and_exit_code_75(start_worker, tmp_path):

@@ -51,7 +51,7 @@ def test_outside_the_main_thread_it_is_never_set():
 
 
 def test_a_second_signal_ends_the_process_at_once(start_worker):
-    process = start_worker("train_worker.py", "stubborn")
+    process = start_worker("stubborn_worker.py")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "first signal\n"

@@ -12,20 +12,8 @@ from tiny import TinyObjective, TinyStream
 
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.train.loop import TrainConfig, train
-from anabranch.train.signals import StopFlag
 
 RANK = int(os.environ.get("RANK", "0"))
-
-
-def stubborn():
-    """A loop that looks at the flag but does not end."""
-    with StopFlag() as stop:
-        print("ready", flush=True)
-        while not stop.is_set:
-            pass
-        print("first signal", flush=True)
-        while True:
-            pass
 
 
 def until_stopped(run):
@@ -80,8 +68,6 @@ def refusals(fresh):
 
 
 def main(mode, folder="."):
-    if mode == "stubborn":
-        stubborn()
     try:
         findings = until_stopped(Path(folder)) if mode == "until-stopped" else together(Path(folder))
     except AnabranchError as error:

@@ -36,10 +36,11 @@ def customize(settings: CustomizeSettings) -> dict[str, Any]:
     if not settings.task:
         raise UsageError("no task was named", expected="--task DIR", hint="a folder of the task's images")
     summary = read_summary(settings.run)
-    base = vit_mae.load(settings.run / "base")
+    plain = summary["method"] == "mae"
+    base = vit_mae.load(settings.run / ("model" if plain else "base"))
     task = open_task(settings, base)
-    if summary["method"] == "mae":
-        dense = vit_mae.load(settings.run / "model")
+    if plain:
+        dense = base
         said: dict[str, Any] = {"method": "mae", "path": [], "warnings": []}
     else:
         clusters = Clustering.load(settings.run / "clusters")

@@ -160,13 +160,13 @@ def train_stage(
     before, trainable = digest(objective), [n for n, p in objective.named_parameters() if p.requires_grad]
     resume = (folder / "checkpoints").exists()
     result = train(objective, stream, config, folder, resume=resume, report=say)
+    summary = {"steps": result.step, "images_seen": result.step * settings.batch_size}
+    if not result.losses:  # finished before
+        return summary
     touched = touch_report(before, digest(objective), named=trainable, trained=trainable)
     say(str(touched))
-    return {
-        "steps": result.step,
-        "images_seen": result.step * settings.batch_size,
-        "touch": {"named": len(touched.named), "changed": len(touched.changed), "left_alone": list(touched.left_alone)},
-    }
+    counts = {"named": len(touched.named), "changed": len(touched.changed), "left_alone": list(touched.left_alone)}
+    return summary | {"touch": counts}
 
 
 def train_plain(

@@ -127,7 +127,7 @@ def route(model: nn.Module, context: Context, *, recompute: bool | None = None) 
     frames = [Frame(context, seed) for seed in layer_seeds(context.generator, len(slots))]
     before = [slot.active for slot in slots]
     for slot, frame in zip(slots, frames, strict=True):
-        slot.active, slot.routing = frame, None
+        slot.active, slot.replayed, slot.routing = frame, None, None
     try:
         with saved_tensors_hooks(Tensor.detach, replay(slots, frames)) if recompute else nullcontext():
             yield

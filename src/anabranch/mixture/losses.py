@@ -58,7 +58,7 @@ def balance_loss(routing: Routing, scope: Scope = "batch") -> Tensor:
     )
     share_GE = chosen_GE / (rows_G1 * routing.selected_experts.shape[1]).clamp(min=1)
     mean_GE = probability_GE / rows_G1.clamp(min=1)
-    return (routing.num_experts * (share_GE.detach() * mean_GE).sum(1)).mean()
+    return (routing.num_experts * (share_GE * mean_GE).sum(1)).mean()
 
 
 def router_z_loss(routing: Routing) -> Tensor:

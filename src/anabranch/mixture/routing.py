@@ -233,6 +233,24 @@ def renormalised(router_logits: Tensor, selected_experts: Tensor) -> Tensor:
     return router_logits.gather(-1, selected_experts).softmax(-1)
 
 
+class Noise:
+    """Draws of one forward: for a table, or for the tokens of the whole global batch, so that all ranks agree."""
+
+    def __init__(self, frame: Frame | None, per: Per):
+        self.frame, self.per = frame, per
+        self.generator: torch.Generator | None = None
+
+    def __call__(self, router_logits: Tensor) -> Tensor:
+        if self.frame is None:
+            raise missing_context("where its gate noise comes from", "generator=torch.Generator()")
+        if self.generator is None:
+            self.generator = self.frame.generator()
+        shape, rows, batch = router_logits.shape, self.frame.context.rows, self.frame.context.batch
+        if self.per == "sample" or rows is None or batch is None:
+            return torch.randn(shape, generator=self.generator).to(router_logits)
+        return torch.randn(batch, *shape[1:], generator=self.generator)[rows.cpu()].to(router_logits)
+
+
 Weigh = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -272,11 +290,9 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor, frame: Frame | None) -> Routing:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return (
-                self.route_samples(hidden_states, frame)
-                if self.per == "sample"
-                else self.route_tokens(hidden_states, frame)
-            )
+            if self.per == "sample":
+                return self.route_samples(hidden_states, frame)
+            return self.route_tokens(hidden_states, frame)
 
     def route_samples(self, hidden_states: Tensor, frame: Frame | None) -> Routing:
         key = str(self.score.key)
@@ -314,24 +330,8 @@ class Router(nn.Module):
         return Routing(logits_RE, weighed_RE.softmax(-1), selected_RK, weights_RK, self.per, len(logits_RE))
 
     def draw(self, frame: Frame | None) -> Draw | None:
-        """Noise of this forward, None in eval; for a table or for the tokens of the global batch: ranks agree on it."""
         training = self.training if frame is None or frame.context.training is None else frame.context.training
-        if not training:
-            return None
-        generators: list[torch.Generator] = []
-
-        def normal(router_logits: Tensor) -> Tensor:
-            if frame is None:
-                raise missing_context("where its gate noise comes from", "generator=torch.Generator()")
-            if not generators:
-                generators.append(frame.generator())
-            rows, batch, shape = frame.context.rows, frame.context.batch, router_logits.shape
-            if self.per == "sample" or rows is None or batch is None:
-                return torch.randn(shape, generator=generators[0]).to(router_logits.device)
-            everyone = torch.randn(batch, *shape[1:], generator=generators[0])
-            return everyone[rows.cpu()].to(router_logits.device)
-
-        return normal
+        return Noise(frame, self.per) if training else None
 
     @torch.no_grad()
     def table(self) -> Tensor:

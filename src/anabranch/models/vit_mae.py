@@ -192,6 +192,8 @@ def load(path: str | Path) -> nn.Module:
             expected="every tensor, in its shape",
             received=f"missing {sorted(info['missing_keys'])[:3]}, of another shape {info['mismatched_keys'][:3]}",
         )
+    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        table.requires_grad_(False)  # fixed when built, but from_pretrained forgets it
     return model.eval()
 
 
@@ -296,12 +298,17 @@ def to_vit(model: nn.Module) -> nn.Module:
 
 
 def image_processor(image_size: int, channels: int, mean: float = 0.5, std: float = 0.5) -> dict[str, object]:
-    """preprocessor_config.json for the model: resize, rescale to [0, 1], normalise."""
+    """preprocessor_config.json for the model: what training did to an image.
+
+    Shorter side to the size (bicubic), centre crop, rescale to [0, 1], normalise.
+    """
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": image_size, "width": image_size},
-        "resample": 2,
+        "size": {"shortest_edge": image_size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -240,7 +240,7 @@ class _Loop:
                 self.forward(self.objective, rows)
 
         cause = first_non_finite(self.objective, batch, forward_again)
-        step, hint = self.step + 1, "a lower learning rate, a longer warm-up, or --set max_grad_norm=1"
+        step, hint = self.step + 1, "look at the named place, else a lower learning rate or a longer warm-up"
         if self.run is not None and self.is_main:
             replay = self.run / f"replay-step-{step}.safetensors"
             with suppress(*DISK_ERRORS):
@@ -269,7 +269,8 @@ class _Loop:
         rate = (self.step - step_before) * self.config.batch_size / max(1e-9, self.last_line[1] - time_before)
         lr = learning_rate(self.step - 1, self.config)
         if self.metrics is not None:
-            self.metrics.write(self.step, **means, learning_rate=lr, images_per_second=round(rate, 1))
+            ours = {"learning_rate": lr, "images_per_second": round(rate, 1)}
+            self.metrics.write(self.step, **(means | ours))
         line = f"step {self.step}/{self.config.steps}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} images/s"
         self.report(line)
 
