@@ -21,6 +21,10 @@ COMPARISONS = {
     "experts chosen by token over the continued model": ("token-moe", "continued"),
     "a wider plain model over the continued model": ("wider", "continued"),
     "a learned gate over fixed groups": ("moce-gate", "moce"),
+    "experts of clusters, whole blocks, over the continued model": ("moce-blocks", "continued"),
+    "experts of clusters, whole encoder, over the continued model": ("moce-encoder", "continued"),
+    "experts of true domains, whole blocks, over the continued model": ("oracle-blocks", "continued"),
+    "experts of true domains, whole encoder, over the continued model": ("oracle-encoder", "continued"),
 }
 """Name of a difference: arm minus arm. `X wrong` is arm X with the experts that a task did not choose."""
 

@@ -181,7 +181,7 @@ def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) ->
     points = {round(cell.steps * (i + 1) / settings.probe_points) for i in range(settings.probe_points)}
     scores: dict[int, dict[str, Any]] = {}
 
-    def on_step(step: int, logs: Mapping[str, Tensor]) -> None:
+    def on_step(step: int, logs: Mapping[str, float]) -> None:
         if step in points:
             scores[step] = probe_tasks(model, corpus.tasks, settings, cell.seed)
 
