@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from anabranch.models import vit_mae
 from anabranch.specialize import moce, token_moe
 from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
+from anabranch.train.processes import processes
 from anabranch.train.publish import replace_folder
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
@@ -47,7 +47,7 @@ STABILITY_RESAMPLES = 5
 
 
 def say(line: str) -> None:
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(line, flush=True)
 
 
@@ -112,7 +112,7 @@ def open_pool(settings: PretrainSettings, run: Path) -> Images:
     preset = None if settings.base is not None else settings.preset
     opened = open_together(settings.images, [False] * len(settings.images), size, channels, preset)
     images = mixture(opened)
-    if PartialState().is_main_process and images.quarantine:
+    if processes().is_main_process and images.quarantine:
         write_quarantine(run / "quarantine.jsonl", images.quarantine)
         say(f"{len(images.quarantine)} unreadable images are listed in {run / 'quarantine.jsonl'}")
     say(f"{len(images):,} images of {images.channels} x {images.image_size} x {images.image_size}")
@@ -180,7 +180,7 @@ def train_plain(
 
 def obtain_clusters(settings: PretrainSettings, base: nn.Module, images: Images, run: Path) -> Clustering:
     """Clusters of the base's features, fitted by the first process and read by all."""
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         if not (run / "clusters").exists():
             clusters = fit_clusters(settings, base, images)
             replace_folder(clusters.save, run / "clusters")
@@ -279,9 +279,9 @@ def train_experts(
 
 def publish(folder: Path, write: Callable[[Path], Any]) -> None:
     """The first process writes; nobody goes on before it is there."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         replace_folder(write, folder)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
 
 
 def publish_once(folder: Path, write: Callable[[Path], Any]) -> None:
@@ -336,7 +336,7 @@ def describe_experts(settings: PretrainSettings, model: nn.Module, clusters: Clu
 
 
 def finish(run: Path, settings: PretrainSettings, images: Images, summary: dict[str, Any]) -> None:
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     summary |= {"method": settings.method, "images": len(images), "quarantine": len(images.quarantine)}
     write_json(run / "summary.json", summary)

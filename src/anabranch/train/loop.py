@@ -12,7 +12,6 @@ and makes all processes stop, or refuse a step, together.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -38,6 +37,7 @@ from anabranch.train.config import TrainConfig
 from anabranch.train.metrics import MeanWindow, MetricsWriter
 from anabranch.train.nonfinite import first_non_finite
 from anabranch.train.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from anabranch.train.processes import launched, on_cpu
 from anabranch.train.publish import DISK_ERRORS, clean_leftovers
 from anabranch.train.run_folder import differing_keys, exclusive, writing_to
 from anabranch.train.seeding import deterministic_algorithms, seeded, step_seed
@@ -295,20 +295,18 @@ class _Loop:
 
 def _accelerator(config: TrainConfig) -> Any:
     """One process, or data-parallel ones. Autocast is our own: accelerate's would stay on the objective's forward."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        # Without this, processes that a launcher started on a machine without accelerators would not know each other.
-        cpu=launched > 1 and not torch.accelerator.is_available(),
+        cpu=on_cpu(),
         mixed_precision="no",
         gradient_accumulation_steps=1,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     kind, world = accelerator.distributed_type.value, accelerator.num_processes
-    if world != launched or (kind != "NO" and not kind.startswith("MULTI_")):
+    if world != launched() or (kind != "NO" and not kind.startswith("MULTI_")):
         raise UsageError(
             "cannot train with these processes",
             expected="one, or several that share the data (torchrun --nproc_per_node N)",
-            received=f"{launched} started, {world} connected, as {kind}",
+            received=f"{launched()} started, {world} connected, as {kind}",
         )
     if config.batch_size % world:
         raise UsageError(
