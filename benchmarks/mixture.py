@@ -122,11 +122,11 @@ def cases(dense: FeedForward, generator: torch.Generator, *, peers: bool) -> dic
     return found
 
 
-def main(rounds: int = 15) -> None:
-    torch.set_num_threads(THREADS)
+def main(rounds: int = 9, threads: int = THREADS) -> None:
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     dense = FeedForward()
-    print(f"feed-forward {WIDTH} x {HIDDEN}, {BATCH} images of {TOKENS} tokens, forward + backward, {THREADS} threads")
+    print(f"feed-forward {WIDTH} x {HIDDEN}, {BATCH} images of {TOKENS} tokens, forward + backward, {threads} threads")
     for peers in (False, True):
         ratios = compare(cases(dense, generator, peers=peers), "dense", rounds=rounds)
         for name, (ratio, seconds) in ratios.items():

@@ -71,7 +71,7 @@ def transfer_facts(result: dict[str, Any]) -> list[tuple[str, object]]:
         ("sources", ", ".join(f"{name} ({count:,})" for name, count in result["sources"].items())),
         ("seeds", result["seeds"]),
         ("score", result["primary"]),
-        ("budget", result["budget_in_words"]),
+        ("budget", result["budget"]),
         ("processor time", f"{result['seconds'] / 60:.1f} minutes"),
     ]
 
@@ -112,7 +112,7 @@ def verdicts(result: dict[str, Any]) -> Section:
     ]
     return Section(
         "The verdict for each task",
-        text=[task["sentence"] for task in result["tasks"]],
+        text=[*(task["sentence"] for task in result["tasks"]), f"Budget, {result['budget_in_words']}."],
         tables=[Table("Verdicts", columns, rows, notes)],
     )
 
