@@ -37,7 +37,7 @@ class Stopped(AnabranchError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the closest known ones, else all of them."""
+    """A hint for a misspelt name: the closest known one, else all of them."""
     known = sorted(known)
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(known)}"
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
