@@ -4,12 +4,13 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any
 
 import torch
 import torch.multiprocessing
 
+POLL_SECONDS = 0.5
 _shared: Any = None
 
 
@@ -52,14 +53,13 @@ def side_by_side(
     torch.multiprocessing.set_sharing_strategy("file_system")
     context = torch.multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(shared,))
+    unfinished = {pool.submit(_call, function, item): item for item in items}
     try:
-        futures = {pool.submit(_call, function, item): item for item in items}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-            if stopped():
-                break
+        while unfinished and not stopped():
+            done, _ = wait(unfinished, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield unfinished.pop(future), future.result()
     finally:
-        for process in list((pool._processes or {}).values()):
-            if stopped():
-                process.terminate()
-        pool.shutdown(wait=not stopped(), cancel_futures=True)
+        for process in list((pool._processes or {}).values()) if unfinished else []:
+            process.terminate()  # stopped, interrupted or failed: nobody waits for the rest
+        pool.shutdown(wait=not unfinished, cancel_futures=True)
