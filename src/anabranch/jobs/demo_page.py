@@ -76,7 +76,7 @@ def side_by_side(transfer: dict[str, Any], result: dict[str, Any]) -> Section:
         result["tasks"],
         result["tasks"],
         "Before and after routing",
-        row_title="model or expert of",
+        row_title="of",
         column_title="wanted for",
     )
     text = [
