@@ -260,3 +260,16 @@ def test_a_task_of_one_planted_domain_takes_clusters_of_that_domain(tmp_path):
         assert cli.main(["customize", "--run", str(tmp_path / "run"), "--task", pool[i], "--out", str(out)]) == 0
         cluster = json.loads((out / "customize.json").read_text())["cluster"]
         assert (domain[labels == cluster] == i).float().mean() > 0.8
+
+
+def test_a_negative_is_noticed(run, folders, tmp_path, capsys):
+    from PIL import ImageOps
+
+    for kind in ("disc", "stripes"):
+        (tmp_path / "negative" / kind).mkdir(parents=True)
+        for file in (folders / "task" / kind).iterdir():
+            black_on_white = ImageOps.invert(Image.open(file)).point(lambda value: min(255, value + 80))
+            black_on_white.save(tmp_path / "negative" / kind / file.name)
+    arguments = ["--run", str(run), "--task", str(tmp_path / "negative" / "disc"), "--out", str(tmp_path / "model")]
+    assert cli.main(["customize", *arguments]) == 0
+    assert "another mean" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from anabranch.jobs.card import model_card
 from anabranch.jobs.corpus import at_most, short_name, with_split
 from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import write_json
-from anabranch.jobs.pretrain import fingerprint, load_experts
+from anabranch.jobs.pretrain import fingerprint, load_experts, pixel_statistics
 from anabranch.jobs.settings import CustomizeSettings
 from anabranch.measure.probes import ProbeConfig, probe
 from anabranch.mixture.context import Context, route
@@ -47,6 +47,7 @@ def customize(settings: CustomizeSettings) -> dict[str, Any]:
         check_encoder(clusters, base, settings.run)
         model = load_experts(settings.run, base, clusters)
         dense, said = choose_and_extract(settings, base, model, clusters, task)
+    said["warnings"] += foreign_pixels(summary, task)
     vit = vit_mae.to_vit(dense)
     said |= {
         "task": task.name,
@@ -87,6 +88,18 @@ def open_task(settings: CustomizeSettings, base: nn.Module) -> Images:
     )
     task = with_split(task) if labelled else task.unlabelled()
     return replace(at_most(task, settings.max_images, seed=0), name=short_name(settings.task))
+
+
+def foreign_pixels(summary: dict[str, Any], task: Images) -> list[str]:
+    """A warning where the task's brightness or colours lie far from those that were learned from."""
+    theirs = pixel_statistics(task)["pixel_mean"]
+    learned = list(zip(summary.get("pixel_mean", []), summary.get("pixel_std", []), strict=True))
+    far = [f"{t:.2f} instead of {m:.2f}" for t, (m, s) in zip(theirs, learned, strict=False) if abs(t - m) > s]
+    return (
+        [f"the task's pixels have another mean ({', '.join(far)} of full brightness): inverted, or scaled?"]
+        if far
+        else []
+    )
 
 
 def check_encoder(clusters: Clustering, base: nn.Module, run: Path) -> None:

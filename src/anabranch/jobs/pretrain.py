@@ -26,7 +26,7 @@ from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images, write_quarantine
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.corpus import check_names, mixture, open_together
+from anabranch.jobs.corpus import at_most, check_names, mixture, open_together
 from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import PretrainSettings
@@ -44,6 +44,9 @@ from anabranch.train.touch import digest, touch_report
 EXPERTS = "experts.json"
 STABILITY_IMAGES = 2000
 STABILITY_RESAMPLES = 5
+COLLAPSED = 0.8
+COLLAPSE_HINT = "try a larger aux_loss_coef, more noise_std, or assignment=fixed"
+LOOK_IMAGES = 2000
 
 
 def say(line: str) -> None:
@@ -328,17 +331,25 @@ def describe_experts(settings: PretrainSettings, model: nn.Module, clusters: Clu
     )
     names = moce.expert_modules(model, expert_config(settings))
     dead = [f"{names[l]} expert {e}" for l, e in (load == 0).nonzero().tolist()]
-    return summary | {
-        "routes": table.tolist(),
-        "load": (load / load.sum(1, keepdim=True)).tolist(),
-        "dead_experts": dead,
-    }
+    share = load / load.sum(1, keepdim=True)
+    for layer, expert in (share > COLLAPSED).nonzero().tolist() if settings.experts > 1 else []:
+        served = f"{names[layer]} expert {expert} serves {share[layer, expert]:.0%} of the images"
+        say(f"  warning: {served}; {COLLAPSE_HINT}")
+    return summary | {"routes": table.tolist(), "load": share.tolist(), "dead_experts": dead}
+
+
+def pixel_statistics(images: Images) -> dict[str, list[float]]:
+    """Mean and standard deviation of every channel, in [0, 1], over a sample."""
+    few = at_most(images, LOOK_IMAGES, seed=0)
+    pixels = few.store.read(torch.arange(len(few))).float() / 255
+    return {"pixel_mean": pixels.mean((0, 2, 3)).tolist(), "pixel_std": pixels.std((0, 2, 3)).tolist()}
 
 
 def finish(run: Path, settings: PretrainSettings, images: Images, summary: dict[str, Any]) -> None:
     if not processes().is_main_process:
         return
     summary |= {"method": settings.method, "images": len(images), "quarantine": len(images.quarantine)}
+    summary |= pixel_statistics(images)
     write_json(run / "summary.json", summary)
     from anabranch.jobs.pretrain_page import write_pretrain_page
 
