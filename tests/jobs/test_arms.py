@@ -38,8 +38,8 @@ def test_every_arm_scores_every_task_and_starts_from_the_same_base(bench):
     results["oracle-encoder.seed-0"] = run_arm(bench, Arm("oracle", 0, "encoder"))
     oracle = results["oracle.seed-0"]
     assert oracle["picked"] == {"digits": 0, "textures": 1}
-    assert oracle["wrong"]["digits"]["linear"]["report"] == pytest.approx(oracle["matrix"][1][0])
-    assert oracle["scores"]["digits"]["linear"]["report"] == pytest.approx(oracle["matrix"][0][0])
+    assert oracle["wrong"]["digits"]["linear"]["accuracy"] == pytest.approx(oracle["matrix"][1][0])
+    assert oracle["scores"]["digits"]["linear"]["accuracy"] == pytest.approx(oracle["matrix"][0][0])
     for name in ("moce", "token-moe"):
         for layer in results[f"{name}.seed-0"]["load"].values():
             assert np.sum(layer, 0) == pytest.approx(1)
@@ -66,7 +66,7 @@ def test_widening_keeps_the_function_at_first(bench, generator):
 
 def result(arm, seed, score, wrong=None, matrix=None, picked=None):
     def scores(value):
-        return {task: {"linear": {"report": value + i}, "knn": {"report": value}} for i, task in enumerate("ab")}
+        return {task: {"linear": {"accuracy": value + i}, "knn": {"accuracy": value}} for i, task in enumerate("ab")}
 
     made = {"arm": arm, "scope": "ffn", "seed": seed, "scores": scores(score), "seconds": 1.0}
     if wrong is not None:

@@ -42,8 +42,8 @@ def test_files_and_numbers(run):
     cell = json.loads((run / "models" / "all.seed-1.json").read_text())
     by_hand = np.mean(
         [
-            cell["scores"]["20"]["task"]["linear"]["report"],
-            json.loads((run / "models/all.seed-0.json").read_text())["scores"]["20"]["task"]["linear"]["report"],
+            cell["scores"]["20"]["task"]["linear"]["accuracy"],
+            json.loads((run / "models/all.seed-0.json").read_text())["scores"]["20"]["task"]["linear"]["accuracy"],
         ]
     )
     assert result["matrix"]["accuracy"][2][0]["mean"] == pytest.approx(by_hand)

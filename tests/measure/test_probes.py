@@ -18,10 +18,11 @@ def test_separable_features_score_a_hundred_and_shuffled_labels_chance(task):
     features, labels, is_test = task
     config = ProbeConfig(num_labels=80)
     for name, scores in probe(features, labels, is_test, config, seed=0).items():
-        assert scores.report > 98, name
+        assert scores.accuracy > 98, name
+        assert scores.accuracy == pytest.approx((scores.choose + scores.report) / 2)
     shuffled = np.random.default_rng(1).permutation(labels)
     for name, scores in probe(features, shuffled, is_test, config, seed=0).items():
-        assert 10 < scores.report < 40, name
+        assert 10 < scores.accuracy < 40, name
 
 
 def test_scale_and_shift_of_a_feature_change_nothing(task):

@@ -11,7 +11,9 @@ def scores(own, others, shared, seeds=3, without=None):
     table = np.array([own, others, shared], float)[None, :, None] + noise
     other = np.array([others, own, shared], float)[None, :, None] + noise  # a second task, its mirror image
     both = np.concatenate([table + np.array([0.05, 0, -0.05])[None, :, None] * noise * 10, other], 2)
-    return TransferScores(sources=("a", "b"), tasks=("ta", "tb"), own=(0, 1), choose=both, report=both, without=without)
+    return TransferScores(
+        sources=("a", "b"), tasks=("ta", "tb"), own=(0, 1), accuracy=both, choose=both, report=both, without=without
+    )
 
 
 def test_semantic_harm_undertraining_help_and_no_answer():
@@ -39,7 +41,8 @@ def test_the_best_source_is_chosen_on_other_images_than_it_is_reported_on():
     gaps = []
     for _ in range(400):
         choose, report = generator.normal(50, 3, (2, 1, 9, 1))
-        noise = TransferScores(sources=tuple("abcdefgh"), tasks=("t",), own=(0,), choose=choose, report=report)
+        parts = {"accuracy": (choose + report) / 2, "choose": choose, "report": report}
+        noise = TransferScores(sources=tuple("abcdefgh"), tasks=("t",), own=(0,), **parts)
         gaps.append(summarise(noise)["tasks"][0]["ntg"]["mean"])
     assert abs(np.mean(gaps)) < 0.6
     assert np.mean([r.max() for r in generator.normal(0, 3, (400, 8))]) > 3
@@ -66,5 +69,8 @@ def test_matrix_rows_are_sources_then_all():
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"expected shape \(3, 3, 1\)"):
         TransferScores(
-            sources=("a", "b"), tasks=("t",), own=(0,), choose=np.zeros((3, 2, 1)), report=np.zeros((3, 2, 1))
+            sources=("a", "b"),
+            tasks=("t",),
+            own=(0,),
+            **dict.fromkeys(("accuracy", "choose", "report"), np.zeros((3, 2, 1))),
         )

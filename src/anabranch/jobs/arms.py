@@ -40,7 +40,7 @@ from anabranch.specialize import moce, token_moe
 from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
 
-HALVES = ("choose", "report")
+PARTS = ("accuracy", "choose", "report")
 LOOK_IMAGES = 300
 """Test images of each task that the routers are watched on."""
 
@@ -55,7 +55,7 @@ class ArmSettings:
     num_clusters: int = 15
     expert_scope: str = "ffn"
     num_labels: int = 300
-    num_draws: int = 3
+    num_draws: int = 5
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def picked_scores(corpus: Corpus, scores: list[dict[str, Any]], picked: dict[str
     for task in corpus.tasks:
         others = [i for i in range(len(scores)) if i != picked[task.name]]
         wrong[task.name] = mean_scores(corpus, scores, others)[task.name]
-    matrix = [[score[task.name][PRIMARY]["report"] for task in corpus.tasks] for score in scores]
+    matrix = [[score[task.name][PRIMARY]["accuracy"] for task in corpus.tasks] for score in scores]
     return {"scores": right, "wrong": wrong, "picked": picked, "matrix": matrix}
 
 
@@ -256,7 +256,7 @@ def mean_scores(corpus: Corpus, scores: list[dict[str, Any]], models: Iterable[i
     chosen = [scores[i] for i in models]
     return {
         task.name: {
-            name: {half: float(np.mean([score[task.name][name][half] for score in chosen])) for half in HALVES}
+            name: {part: float(np.mean([score[task.name][name][part] for score in chosen])) for part in PARTS}
             for name in PROBES
         }
         for task in corpus.tasks

@@ -143,7 +143,8 @@ def choose_by_labels(
     config = ProbeConfig(num_labels=settings.num_labels)
     labels_N, is_test_N = task.labels.numpy(), task.is_test.numpy()
     scores = [
-        probe(embed(dense, task).numpy(), labels_N, is_test_N, config, seed=0)["knn"].choose for _, dense in candidates
+        probe(embed(dense, task).numpy(), labels_N, is_test_N, config, seed=0)["knn"].accuracy
+        for _, dense in candidates
     ]
     tried = [
         {"path": None if choice is None else list(choice.path), "knn": score}

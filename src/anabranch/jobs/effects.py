@@ -41,7 +41,7 @@ def by_arm(results: dict[str, Any]) -> Results:
 
 
 def score(result: dict[str, Any], task: str, probe: str = PRIMARY) -> float:
-    return float(result["scores"][task][probe]["report"])
+    return float(result["scores"][task][probe]["accuracy"])
 
 
 def difference(arms: Results, left: str, right: str, tasks: list[str], probe: str = PRIMARY) -> Interval:

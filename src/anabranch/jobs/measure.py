@@ -222,7 +222,7 @@ def thinned(losses: Sequence[float], most: int = 60) -> list[list[float]]:
 def probe_tasks(
     model: torch.nn.Module, tasks: Sequence[Images], settings: Any, seed: int, features: Callable[..., Tensor] = embed
 ) -> dict[str, Any]:
-    """{task: {probe: {choose, report}}} of frozen features."""
+    """{task: {probe: {accuracy, choose, report}}} of frozen features."""
     config = ProbeConfig(num_labels=settings.num_labels, num_draws=settings.num_draws)
     return {
         task.name: {
@@ -270,9 +270,9 @@ def conclude(
     related = np.mean([results[f"{SHARED}.seed-{seed}"]["relatedness"] for seed in seeds], axis=0)
     own = tuple(int(related[t].argmax()) if named < 0 else named for t, named in enumerate(corpus.own))
 
-    def table(models: Sequence[str], probe_name: str, half: str) -> np.ndarray:
+    def table(models: Sequence[str], probe_name: str, part: str) -> np.ndarray:
         cell = [[results[f"{model}.seed-{seed}"]["scores"] for model in models] for seed in seeds]
-        return np.array([[[list(s.values())[-1][t][probe_name][half] for t in tasks] for s in row] for row in cell])
+        return np.array([[[list(s.values())[-1][t][probe_name][part] for t in tasks] for s in row] for row in cell])
 
     def scores(probe_name: str) -> TransferScores:
         without = [f"without-{name}" for name in sources]
@@ -280,9 +280,8 @@ def conclude(
             sources=tuple(sources),
             tasks=tuple(tasks),
             own=own,
-            choose=table([*sources, SHARED], probe_name, "choose"),
-            report=table([*sources, SHARED], probe_name, "report"),
-            without=table(without, probe_name, "report") if settings.leave_one_out else None,
+            **{part: table([*sources, SHARED], probe_name, part) for part in ("accuracy", "choose", "report")},
+            without=table(without, probe_name, "accuracy") if settings.leave_one_out else None,
         )
 
     summaries = {name: summarise(scores(name)) for name in PROBES}
@@ -328,14 +327,14 @@ def curves(results: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     for name, runs in models.items():
         steps = list(runs[0]["scores"])
         spread = [
-            interval([float(np.mean([run["scores"][step][t][PRIMARY]["report"] for t in tasks])) for run in runs])
+            interval([float(np.mean([run["scores"][step][t][PRIMARY]["accuracy"] for t in tasks])) for run in runs])
             for step in steps
         ]
         made[name] = {
             "steps": [int(step) for step in steps],
             "accuracy": [point.as_dict() for point in spread],
             "per_task": {
-                t: [float(np.mean([run["scores"][step][t][PRIMARY]["report"] for run in runs])) for step in steps]
+                t: [float(np.mean([run["scores"][step][t][PRIMARY]["accuracy"] for run in runs])) for step in steps]
                 for t in tasks
             },
             "loss": runs[0]["losses"],

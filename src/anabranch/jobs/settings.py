@@ -45,7 +45,7 @@ class MeasureSettings(MeasureFlags):
     learning_rate: float = 4e-3
     warmup_steps: int = 60
     num_labels: int = 300
-    num_draws: int = 3
+    num_draws: int = 5
     image_size: int | None = None
     channels: Literal[1, 3] | None = None
     probe_points: int = 3

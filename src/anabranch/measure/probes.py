@@ -24,7 +24,7 @@ PROBES = ("linear", "knn")
 class ProbeConfig:
     num_labels: int = 300
     """Labelled training images a draw; all of them where the task has fewer."""
-    num_draws: int = 3
+    num_draws: int = 5
     regularisation: float = 0.1
     num_neighbours: int = 20
     temperature: float = 0.07
@@ -37,10 +37,14 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy in percent, mean over draws, on two halves of the test images: one to choose by, one to report."""
+    """Accuracy in percent, mean over draws of labels."""
 
+    accuracy: float
+    """On all test images."""
     choose: float
+    """On one half of them: to choose a model by."""
     report: float
+    """On the other half: to report a model that was chosen."""
 
 
 def probe(
@@ -56,8 +60,8 @@ def probe(
     check_task(labels, is_test)
     test = np.flatnonzero(is_test)
     test = np.random.default_rng([seed, 0]).permutation(test)
-    halves = {"choose": test[::2], "report": test[1::2]}
-    accuracy: dict[str, dict[str, list[float]]] = {name: {half: [] for half in halves} for name in PROBES}
+    parts = {"accuracy": test, "choose": test[::2], "report": test[1::2]}
+    accuracy: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in PROBES}
     for draw in range(config.num_draws):
         chosen = draw_labels(labels, ~is_test, config.num_labels, np.random.default_rng([seed, 1 + draw]))
         scaled = standardise(features, chosen)
@@ -67,9 +71,9 @@ def probe(
         }
         for name in PROBES:
             right = dict(zip(test.tolist(), (predicted[name] == labels[test]).tolist(), strict=True))
-            for half, rows in halves.items():
-                accuracy[name][half].append(100 * float(np.mean([right[row] for row in rows.tolist()])))
-    return {name: Scores(**{half: float(np.mean(draws)) for half, draws in accuracy[name].items()}) for name in PROBES}
+            for part, rows in parts.items():
+                accuracy[name][part].append(100 * float(np.mean([right[row] for row in rows.tolist()])))
+    return {name: Scores(**{part: float(np.mean(draws)) for part, draws in accuracy[name].items()}) for name in PROBES}
 
 
 def check_task(labels: np.ndarray, is_test: np.ndarray) -> None:

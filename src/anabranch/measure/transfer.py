@@ -25,43 +25,46 @@ SHARED = "all"
 class TransferScores:
     """Accuracy in percent of every model on every task, for each seed.
 
-    `choose` and `report` have shape (seeds, sources + 1, tasks); the last model is the shared one. `without` has shape
-    (seeds, sources, tasks), the shared model trained without that source, or is None when it was not asked for.
+    `accuracy` (all test images), `choose` and `report` (one half and the other) have shape (seeds, sources + 1, tasks);
+    the last model is the shared one. `without` has shape (seeds, sources, tasks), the accuracy of the shared model
+    trained without that source, or is None when it was not asked for.
     """
 
     sources: tuple[str, ...]
     tasks: tuple[str, ...]
     own: tuple[int, ...]
     """For each task the source that matches it."""
+    accuracy: np.ndarray
     choose: np.ndarray
     report: np.ndarray
     without: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        expected = (len(self.report), len(self.sources) + 1, len(self.tasks))
-        if self.report.shape != expected or self.choose.shape != expected:
-            raise ValueError(f"scores: expected shape {expected}, received {self.report.shape}, {self.choose.shape}")
+        expected = (len(self.accuracy), len(self.sources) + 1, len(self.tasks))
+        for name in ("accuracy", "choose", "report"):
+            if getattr(self, name).shape != expected:
+                raise ValueError(f"{name}: expected shape {expected}, received {getattr(self, name).shape}")
 
 
 def gap_own(scores: TransferScores, task: int) -> np.ndarray:
     """E[t, all] - E[t, own(t)] for each seed: above zero, the task would have been better off alone."""
-    return np.asarray(scores.report[:, scores.own[task], task] - scores.report[:, -1, task])
+    return np.asarray(scores.accuracy[:, scores.own[task], task] - scores.accuracy[:, -1, task])
 
 
 def specificity(scores: TransferScores, task: int) -> np.ndarray:
     """mean over the other sources of E[t, i] - E[t, own(t)] for each seed: does the matching source win, or any?"""
     own = scores.own[task]
     others = [i for i in range(len(scores.sources)) if i != own]
-    return np.asarray(scores.report[:, own, task] - scores.report[:, others, task].mean(1))
+    return np.asarray(scores.accuracy[:, own, task] - scores.accuracy[:, others, task].mean(1))
 
 
 def best_source(scores: TransferScores, task: int) -> int:
-    """argmin_i E[t, i] on the half of the test images that is not reported."""
+    """argmin_i E[t, i] on one half of the test images."""
     return int(scores.choose[:, :-1, task].mean(0).argmax())
 
 
 def negative_transfer_gap(scores: TransferScores, task: int) -> np.ndarray:
-    """NTG(t) = E[t, all] - E[t, best] for each seed."""
+    """NTG(t) = E[t, all] - E[t, best] for each seed, on the other half."""
     return np.asarray(scores.report[:, best_source(scores, task), task] - scores.report[:, -1, task])
 
 
@@ -69,7 +72,7 @@ def harm(scores: TransferScores, task: int, source: int) -> np.ndarray:
     """E[t, all] - E[t, all without i] for each seed: above zero, the source hurts the task."""
     if scores.without is None:
         raise ValueError("without: expected the scores of the leave-one-out models, received None")
-    return np.asarray(scores.without[:, source, task] - scores.report[:, -1, task])
+    return np.asarray(scores.without[:, source, task] - scores.accuracy[:, -1, task])
 
 
 def verdict(gap: Interval, specific: Interval) -> tuple[str, str]:
@@ -135,9 +138,9 @@ def summarise(scores: TransferScores) -> dict[str, Any]:
 def matrix(scores: TransferScores) -> dict[str, Any]:
     """Rows learned from, columns wanted: accuracy, and its difference to the shared model with an interval."""
     rows = (*scores.sources, SHARED)
-    cells = [[interval(scores.report[:, i, t]).as_dict() for t in range(len(scores.tasks))] for i in range(len(rows))]
+    cells = [[interval(scores.accuracy[:, i, t]).as_dict() for t in range(len(scores.tasks))] for i in range(len(rows))]
     to_shared = [
-        [interval(scores.report[:, i, t] - scores.report[:, -1, t]).as_dict() for t in range(len(scores.tasks))]
+        [interval(scores.accuracy[:, i, t] - scores.accuracy[:, -1, t]).as_dict() for t in range(len(scores.tasks))]
         for i in range(len(scores.sources))
     ]
     return {"rows": list(rows), "columns": list(scores.tasks), "accuracy": cells, "minus_shared": to_shared}
