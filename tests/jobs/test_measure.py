@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from anabranch import cli
-from anabranch.jobs.measure import open_corpus, plan
+from anabranch.errors import UsageError
+from anabranch.jobs.measure import open_corpus, plan, read_cell
 from anabranch.jobs.settings import MeasureSettings
 
 OPTIONS = ["--steps", "20", "--seeds", "2", "--set", "batch_size=16", "--set", "workers=1", "--set", "num_labels=16"]
@@ -47,6 +48,8 @@ def test_files_and_numbers(run):
         ]
     )
     assert result["matrix"]["accuracy"][2][0]["mean"] == pytest.approx(by_hand)
+    floor = result["curves"]["all"]["per_task"]["task"]
+    assert len(floor) == 3  # before any step, and two points
     assert "Does sharing hurt?" in (run / "report.html").read_text()
 
 
@@ -118,8 +121,8 @@ def test_budgets(folders):
     assert epochs["digits"].steps == round(100 * 2000 / 1030)
     images = cells("equal-images")
     assert (images["all"].images_a_source, images["digits"].images_a_source) == (30, 60)
-    exposure = cells("equal-exposure", leave_one_out=True)
-    assert (exposure["all"].batch_size, exposure["digits"].batch_size) == (60, 30)
+    exposure = cells("equal-exposure", leave_one_out=True)  # an image is seen as often by its own model as by all
+    assert (exposure["all"].batch_size, exposure["digits"].batch_size) == (60, round(60 * 2000 / 2060))
     assert exposure["without-digits"].members == (0,)
 
 
@@ -135,6 +138,26 @@ def test_a_folder_that_is_source_and_task_never_learns_from_its_test_images(fold
     assert corpus.own == (0,)
 
 
+def test_spellings_of_one_folder_and_folders_inside_each_other(folders):
+    task, pool = str(folders / "task"), str(folders / "pool")
+    corpus = open_corpus(
+        MeasureSettings(sources=(task + "/../task/", pool), tasks=(task,), image_size=32, max_images=20)
+    )
+    learned = set(corpus.sources[0].files)
+    tests = corpus.tasks[0]
+    assert len(tests) == 20
+    assert not learned & {file for file, test in zip(tests.files, tests.is_test.tolist(), strict=True) if test}
+    with pytest.raises(UsageError, match="overlap"):
+        open_corpus(MeasureSettings(sources=(task + "/disc", pool), tasks=(task,), image_size=32))
+
+
+def test_cells_of_other_settings_are_not_taken_over(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"made_with": {"steps": 5}, "score": 1}))
+    assert read_cell(tmp_path / "a.json", {"steps": 5}) == {"score": 1}
+    with pytest.raises(UsageError, match="others in steps"):
+        read_cell(tmp_path / "a.json", {"steps": 6})
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -142,6 +165,10 @@ def test_a_folder_that_is_source_and_task_never_learns_from_its_test_images(fold
         (["--sources", "patchwork:digits", "patchwork:digits", "--tasks", "patchwork:digits"], "called 'digits'"),
         (["--sources", "patchwork:digits", "patchwork:garments"], "too few tasks"),
         (["--sources", "patchwork:digit", "patchwork:garments", "--tasks", "patchwork:digits"], "did you mean digits"),
+        (
+            ["--sources", "patchwork:digits", "patchwork:garments", "--tasks", "patchwork:digits", "--seeds", "0"],
+            "seeds is",
+        ),
     ],
 )
 def test_wrong_requests(arguments, says, tmp_path, capsys):

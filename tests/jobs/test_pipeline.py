@@ -19,7 +19,8 @@ from anabranch.jobs.pretrain import load_experts
 from anabranch.mixture.context import Context, route
 from anabranch.models import vit_mae
 
-SMALL = ["--steps", "24", "--experts", "2", "--clusters", "4", "--set", "batch_size=16", "--set", "image_size=32"]
+ON_A_BASE = ["--steps", "24", "--experts", "2", "--clusters", "4", "--set", "batch_size=16"]
+SMALL = [*ON_A_BASE, "--set", "image_size=32"]
 
 WITHOUT_US = """
 import sys
@@ -112,7 +113,8 @@ def test_selection_by_labels_may_answer_the_base(run, folders, tmp_path):
 def test_summary_page_and_touch_report(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["dead_experts"] == []
-    assert summary["touch"]["changed"] == summary["touch"]["named"] > 0
+    assert summary["changed"] == summary["named"] > 0
+    assert summary["untouched"] == []
     page = (run / "report.html").read_text()
     assert "cluster 0" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -144,7 +146,7 @@ def test_the_controls(folders, tmp_path, method, capsys):
 
 
 def test_learned_gate_blocks_and_a_given_base(run, folders, tmp_path):
-    options = ["--base", str(run / "base"), "--expert-scope", "blocks", "--set", "assignment=gate", *SMALL]
+    options = ["--base", str(run / "base"), "--expert-scope", "blocks", "--set", "assignment=gate", *ON_A_BASE]
     assert cli.main(["pretrain", "--images", str(folders / "pool"), "--out", str(tmp_path / "run"), *options]) == 0
     arguments = ["--run", str(tmp_path / "run"), "--task", str(folders / "task"), "--out", str(tmp_path / "model")]
     assert cli.main(["customize", *arguments]) == 0
@@ -159,14 +161,61 @@ def test_learned_gate_blocks_and_a_given_base(run, folders, tmp_path):
         (["--clusters", "many"], "no number"),
         (["--set", "batch_size=15"], "divided evenly among the experts"),
         (["--set", "image_size=33"], "divisible by 4"),
-        (["--base", "nowhere"], "not a model folder"),
+        (["--base", "nowhere"], "image_size would change nothing"),
         (["--preset", "huge"], "there is no preset"),
+        (["--experts", "0"], "experts is too small"),
+        (["--steps", "0"], "steps is too small"),
+        (["--set", "expert_layers=[9]"], "expected blocks 0..1, received 9"),
+        (["--set", "temperature=0.5"], "temperature would change nothing"),
+        (["--set", "assignment=gate", "--set", "temperature=0"], "temperature: expected above 0"),
+        (["--set", "gate_scale=prob", "--expert-scope", "blocks"], "cannot be folded"),
     ],
 )
 def test_wrong_requests_say_what_is_wrong(folders, tmp_path, options, says, capsys):
     arguments = ["pretrain", "--images", str(folders / "pool"), "--out", str(tmp_path / "run"), *SMALL, *options]
     assert cli.main(arguments) == 2
     assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # the corrected command may use the same name
+
+
+def test_a_base_that_is_missing_or_broken(run, folders, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "base", broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:100])
+    for base, says in ((tmp_path / "nowhere", "not a model folder"), (broken, "cannot be loaded")):
+        arguments = ["--images", str(folders / "pool"), "--base", str(base), "--out", str(tmp_path / "run"), *ON_A_BASE]
+        assert cli.main(["pretrain", *arguments]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_resuming_on_other_images_is_refused(folders, tmp_path, capsys):
+    pool = tmp_path / "pool"
+    shutil.copytree(folders / "pool", pool)
+    arguments = ["pretrain", "--images", str(pool), "--method", "mae", "--out", str(tmp_path / "run"), *SMALL]
+    assert cli.main(arguments) == 0
+    shutil.copy(next((folders / "pool/disc").glob("*.png")), pool / "a-first-one.png")
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "not those that the run began with" in capsys.readouterr().err
+
+
+def test_the_page_is_built_again_with_its_clusters(run):
+    before = (run / "report.html").read_text()
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "report.html").read_text() == before
+
+
+def test_choosing_by_labels_never_reads_the_test_images_of_the_task(run, folders, tmp_path):
+    """Half of the labelled images to fit on, half to score on, all of them from train/."""
+    for part in ("train", "test"):
+        for kind in ("disc", "stripes"):
+            (tmp_path / "task" / part / kind).mkdir(parents=True)
+            for i, file in enumerate(sorted((folders / "task" / kind).iterdir())):
+                if (i % 2 == 0) == (part == "train"):
+                    shutil.copy(file, tmp_path / "task" / part / kind)
+    out = tmp_path / "model"
+    arguments = ["--run", str(run), "--task", str(tmp_path / "task"), "--out", str(out), "--select", "knn"]
+    assert cli.main(["customize", *arguments]) == 0
+    assert json.loads((out / "customize.json").read_text())["task_images"] == 24
 
 
 def test_images_that_are_all_alike(folders, tmp_path, capsys):

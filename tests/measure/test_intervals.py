@@ -26,6 +26,11 @@ def test_one_seed_carries_no_verdict():
     assert got.as_dict()["low"] is None
 
 
+def test_two_seeds_that_agree_by_chance_carry_no_verdict():
+    assert interval([50.0, 50.0]).verdict == "open"
+    assert interval([50.0, 50.0, 50.1]).verdict == "positive"
+
+
 def test_coverage_is_what_it_says():
     generator = np.random.default_rng(0)
     hits = [interval(generator.normal(1, 2, 4)) for _ in range(2000)]

@@ -30,6 +30,15 @@ def test_semantic_harm_undertraining_help_and_no_answer():
         assert task["specificity"]["mean"] == pytest.approx(own - others, abs=0.1)
 
 
+def test_a_cause_that_cannot_be_told_is_not_told():
+    """Seeds disagree about the other source: no word of under-training follows from that."""
+    accuracy = np.array([[80, 60, 70], [80, 85, 70], [80, 62, 70]], float)[:, :, None]
+    parts = dict.fromkeys(("accuracy", "choose", "report"), accuracy)
+    task = summarise(TransferScores(sources=("a", "b"), tasks=("t",), own=(0,), **parts))["tasks"][0]
+    assert (task["verdict"], task["cause"]) == ("hurt by sharing", "open")
+    assert "cannot be told" in task["sentence"]
+
+
 def test_one_seed_never_tells():
     task = summarise(scores(90, 10, 50, seeds=1))["tasks"][0]
     assert task["verdict"] == "cannot tell at this budget"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arms of the experiment with experts: every one starts from the same base and gets the same images and steps.
 
+random-init      the network before it learned anything: the floor
+base             where all other arms start
 continued        the base, trained on: the fair baseline
 moce             experts of clusters found without labels; each task takes the route its images vote for
 moce-gate        the same with a learned gate instead of fixed groups
@@ -11,6 +13,7 @@ separate         one model a domain, each with its domain's share of every batch
 wider            no experts, but as many hidden units as all experts together: is it only size?
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +28,7 @@ from anabranch.allocate.clusters import sinkhorn
 from anabranch.allocate.clusters.groups import group_clusters
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
-from anabranch.data.streams import ShuffledIndices, StratifiedIndices
+from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
 from anabranch.jobs.corpus import at_most, mixture
 from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import PRIMARY, Corpus, probe_tasks, shared_model, thinned
@@ -68,6 +71,11 @@ class Arm:
     def key(self) -> str:
         return f"{self.name}{'' if self.scope == 'ffn' else '-' + self.scope}.seed-{self.seed}"
 
+    @property
+    def stream_seed(self) -> int:
+        """Of the batches and masks: others than the base has seen, the same for every arm."""
+        return derived_seed("second stage", self.seed)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -92,6 +100,8 @@ def run_arm(bench: Bench, arm: Arm) -> dict[str, Any]:
     started = time.perf_counter()
     base = vit_mae.load(shared_model(bench.run, arm.seed))
     work: dict[str, Callable[..., dict[str, Any]]] = {
+        "random-init": untrained,
+        "base": lambda bench, arm, base: {"scores": probe_tasks(base, bench.corpus.tasks, bench.settings, arm.seed)},
         "continued": continued,
         "wider": wider,
         "token-moe": tokens,
@@ -105,25 +115,31 @@ def run_arm(bench: Bench, arm: Arm) -> dict[str, Any]:
     return {"arm": arm.name, "scope": arm.scope, "seed": arm.seed, "seconds": time.perf_counter() - started, **result}
 
 
-def learn(bench: Bench, objective: nn.Module, stream: Any, seed: int, batch_size: int | None = None) -> list[float]:
+def learn(bench: Bench, objective: nn.Module, stream: Any, arm: Arm, batch_size: int | None = None) -> list[float]:
     settings = bench.settings
     config = TrainConfig(
         steps=settings.steps,
         batch_size=batch_size or settings.batch_size,
         learning_rate=settings.learning_rate,
         warmup_steps=min(settings.warmup_steps, settings.steps // 2),
-        seed=seed,
+        seed=arm.seed,
     )
     return train(objective, stream, config).losses
 
 
-def shuffled(bench: Bench, model: nn.Module, seed: int, **ids: Tensor) -> Any:
-    pool = bench.pool
-    return masked_images(pool, model, ShuffledIndices(len(pool), bench.settings.batch_size, seed), seed=seed, **ids)
+def shuffled(bench: Bench, model: nn.Module, arm: Arm, **ids: Tensor) -> Any:
+    indices = ShuffledIndices(len(bench.pool), bench.settings.batch_size, arm.stream_seed)
+    return masked_images(bench.pool, model, indices, seed=arm.stream_seed, **ids)
+
+
+def untrained(bench: Bench, arm: Arm, base: nn.Module) -> dict[str, Any]:
+    """The floor: the same network before it learned anything."""
+    config = copy.deepcopy(base.config)
+    return {"scores": probe_tasks(vit_mae.fresh(config, arm.seed), bench.corpus.tasks, bench.settings, arm.seed)}
 
 
 def continued(bench: Bench, arm: Arm, base: nn.Module) -> dict[str, Any]:
-    losses = learn(bench, MaskedAutoencoding(base), shuffled(bench, base, arm.seed), arm.seed)
+    losses = learn(bench, MaskedAutoencoding(base), shuffled(bench, base, arm), arm)
     return {"scores": probe_tasks(base, bench.corpus.tasks, bench.settings, arm.seed), "losses": thinned(losses)}
 
 
@@ -150,8 +166,9 @@ def separate(bench: Bench, arm: Arm, base: nn.Module) -> dict[str, Any]:
     models = []
     for pool in corpus.sources:
         model = vit_mae.copy_of(base)
-        stream = masked_images(pool, model, ShuffledIndices(len(pool), batch_size, arm.seed), seed=arm.seed)
-        learn(bench, MaskedAutoencoding(model), stream, arm.seed, batch_size)
+        indices = ShuffledIndices(len(pool), batch_size, arm.stream_seed)
+        stream = masked_images(pool, model, indices, seed=arm.stream_seed)
+        learn(bench, MaskedAutoencoding(model), stream, arm, batch_size)
         models.append(probe_tasks(model, corpus.tasks, bench.settings, arm.seed))
     return picked_scores(corpus, models, {task.name: own for task, own in zip(corpus.tasks, corpus.own, strict=True)})
 
@@ -161,7 +178,7 @@ def tokens(bench: Bench, arm: Arm, base: nn.Module) -> dict[str, Any]:
     config = moce.Config(num_experts=settings.num_experts)
     model = token_moe.insert(vit_mae.copy_of(base), config, torch.Generator().manual_seed(arm.seed))
     objective = token_moe.TokenRouted(model, config, seed=arm.seed, batch_size=settings.batch_size)
-    losses = learn(bench, objective, shuffled(bench, base, arm.seed), arm.seed)
+    losses = learn(bench, objective, shuffled(bench, base, arm), arm)
     clusters = find_clusters(bench, base, arm.seed)
     return {
         "scores": probe_tasks(model, corpus.tasks, settings, arm.seed),
@@ -190,11 +207,11 @@ def clustered(bench: Bench, arm: Arm, base: nn.Module) -> dict[str, Any]:
     model = moce.insert(vit_mae.copy_of(base), centroids, groups, config, generator)
     objective = moce.ClusterConditional(model, config, seed=arm.seed, batch_size=settings.batch_size)
     if config.assignment == "fixed":
-        indices: Any = StratifiedIndices(groups[ids], settings.batch_size, arm.seed)
-        stream = masked_images(bench.pool, base, indices, seed=arm.seed, cluster=ids)
+        indices: Any = StratifiedIndices(groups[ids], settings.batch_size, arm.stream_seed)
+        stream = masked_images(bench.pool, base, indices, seed=arm.stream_seed, cluster=ids)
     else:
-        stream = shuffled(bench, base, arm.seed, cluster=ids)
-    losses = learn(bench, objective, stream, arm.seed)
+        stream = shuffled(bench, base, arm, cluster=ids)
+    losses = learn(bench, objective, stream, arm)
     model.eval()
     table = moce.routes(model)
     paths = sorted({tuple(column) for column in table.T.tolist()})
@@ -244,11 +261,11 @@ def picked_scores(corpus: Corpus, scores: list[dict[str, Any]], picked: dict[str
     """Every task's score with the model it picked, the mean of the models it did not pick, and all of them."""
     right = {name: scores[mine][name] for name, mine in picked.items()}
     wrong = {}
-    for task in corpus.tasks:
+    for task in corpus.tasks if len(scores) > 1 else ():  # a gate may have sent everything one way
         others = [i for i in range(len(scores)) if i != picked[task.name]]
         wrong[task.name] = mean_scores(corpus, scores, others)[task.name]
     matrix = [[score[task.name][PRIMARY]["accuracy"] for task in corpus.tasks] for score in scores]
-    return {"scores": right, "wrong": wrong, "picked": picked, "matrix": matrix}
+    return {"scores": right, "picked": picked, "matrix": matrix, **({"wrong": wrong} if wrong else {})}
 
 
 def mean_scores(corpus: Corpus, scores: list[dict[str, Any]], models: Iterable[int]) -> dict[str, Any]:

@@ -13,6 +13,13 @@ def model_card(said: dict[str, Any], config: Any) -> str:
         if said.get("coverage") is not None
         else "No route through experts was chosen: this is the plain model."
     )
+    moce = said["method"] == "moce"
+    origin = (
+        "A plain Vision Transformer, taken out of a mixture of cluster-conditional experts (MoCE, arXiv 2402.05382)."
+        if moce
+        else "A plain Vision Transformer, the encoder of a masked autoencoder trained without experts."
+    )
+    more = " `customize.json` holds the histogram." if said.get("coverage") is not None else ""
     warnings = "".join(f"\n* {warning}" for warning in said["warnings"]) or "\nNone."
     return f"""---
 library_name: transformers
@@ -20,7 +27,7 @@ tags: [vit, masked-autoencoder, {said["method"]}]
 ---
 # A ViT for {said["task"]}
 
-A plain Vision Transformer, taken out of a mixture of cluster-conditional experts (MoCE, arXiv 2402.05382).
+{origin}
 It needs no library but transformers.
 
 ```python
@@ -38,7 +45,7 @@ classifier = AutoModelForImageClassification.from_pretrained("PATH", num_labels=
 | multiply-accumulates an image | {said["macs"]:,} |
 
 ## How it was chosen
-{how} `customize.json` holds the histogram.
+{how}{more}
 
 ## Warnings
 {warnings}

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open the images of a job so that all of them fit one model."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +33,51 @@ def check_names(specs: Sequence[str], what: str, at_least: int) -> tuple[str, ..
     if twice:
         raise UsageError(f"two {what} are called {twice[0]!r}", expected="names that differ", hint="rename a folder")
     return names
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is too small", expected="at least 1", received=value)
+
+
+def is_same(spec: str, other: str) -> bool:
+    """Whether two specs name the same images; a folder inside another one is refused, as neither answer is right."""
+    if ":" in spec or ":" in other:
+        return spec == other
+    one, two = Path(spec).expanduser().resolve(), Path(other).expanduser().resolve()
+    if one != two and (one.is_relative_to(two) or two.is_relative_to(one)):
+        raise UsageError(
+            f"{spec} and {other} overlap",
+            expected="a source and a task in folders of their own, or in the same one",
+            hint="move one of them, or the test images would be learned from",
+        )
+    return one == two
+
+
+def check_same_images(run: Path, sets: Sequence[Images]) -> None:
+    """A resumed run has to see the images that it began with: same count, names and pixels (of a sample)."""
+    found = {f"{i} {images.name}": digest(images) for i, images in enumerate(sets)}
+    file = run / "images.json"
+    if not file.exists():
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name.partition(" ")[2] for name in found if found[name] != before.get(name)]
+    if changed:
+        raise UsageError(
+            f"the images of {', '.join(changed)} are not those that the run began with",
+            expected="unchanged folders",
+            hint="restore them, or start anew with another --out",
+        )
+
+
+def digest(images: Images, sample: int = 500) -> str:
+    rows = torch.linspace(0, len(images) - 1, min(sample, len(images))).long()
+    state = hashlib.sha256(f"{len(images)} {images.files}".encode())
+    state.update(images.store.read(rows).numpy().tobytes())
+    return state.hexdigest()
 
 
 def open_together(

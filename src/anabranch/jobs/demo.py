@@ -3,9 +3,11 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from anabranch import __version__
 from anabranch.data.patchwork import DOMAINS
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.arms import Arm, ArmSettings, Bench, run_arm
@@ -17,7 +19,7 @@ from anabranch.measure.intervals import Interval
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
-ARMS = ("continued", "moce", "random-clusters", "token-moe", "separate", "oracle")
+ARMS = ("random-init", "continued", "moce", "random-clusters", "token-moe", "separate", "oracle")
 BATCH_SIZE = 60
 """Divides evenly among five experts or five domains."""
 
@@ -57,7 +59,8 @@ def compare(settings: MeasureSettings, arms: ArmSettings, wanted: Sequence[tuple
     cells = [Arm(name, seed, scope) for seed in seeds for name, scope in wanted]
     with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), resume=True) as run:
         bench = Bench(arms, open_corpus(settings), run.path)
-        results = run_cells(run.path / "arms", cells, run_arm, bench, settings.workers, stop)
+        made_with = {"arms": asdict(arms), "measure": _plain(settings), "version": __version__}
+        results = run_cells(run.path / "arms", cells, run_arm, bench, made_with, settings.workers, stop)
         summary = summarise(results, [task.name for task in bench.corpus.tasks], arms)
         write_json(run.path / "demo.json", summary)
     return summary

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.jobs.corpus import mixture, open_together
+from anabranch.jobs.effects import verdict
 from anabranch.jobs.embed import embed
 from anabranch.jobs.pages import ends, estimated, transfer_facts, transfer_lead, transfer_sections
 from anabranch.jobs.pretrain_page import cluster_section
+from anabranch.measure.intervals import Interval
 from anabranch.models import vit_mae
 from anabranch.report.figures import Effect, Matrix, curves, forest, loads, two_matrices
 from anabranch.report.page import Page, Section, Table, write
@@ -91,7 +93,7 @@ def effect_section(result: dict[str, Any]) -> Section:
     planted = [e for e in result["effects"] if (e["left"], e["right"]) == ("separate", "continued")]
     if planted and "gratings" in result["tasks"]:
         cell = planted[0]["tasks"]["gratings"]
-        word = "shown" if (cell["low"] or 0) > 0 else "not shown"
+        word = verdict(Interval(**cell))
         rows.append(
             Effect(
                 "the same, on the planted conflict (gratings) alone",
@@ -194,8 +196,8 @@ def what_it_takes(result: dict[str, Any]) -> Section:
     text = []
     if oracle:
         text.append(
-            f"The bound: experts of the true domains gain {estimated(oracle[0])} points ({oracle[0]['verdict']}). If "
-            "this interval holds zero, no clustering can be expected to show a gain of experts of this kind."
+            f"The bound: experts of the true domains gain {estimated(oracle[0])} points ({oracle[0]['verdict']}). "
+            "Experts of clusters can hardly be expected to gain more than these."
         )
     if apart:
         text.append(f"No sharing at all gains {estimated(apart[0])} points at equal images ({apart[0]['verdict']}).")

@@ -6,7 +6,7 @@ Every finished model is kept as a small JSON file, so that a stopped run goes on
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,24 +16,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch import __version__
 from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices
 from anabranch.errors import Stopped, UsageError
-from anabranch.jobs.corpus import at_most, check_names, mixture, open_together, with_split
+from anabranch.jobs.corpus import (
+    at_most,
+    check_names,
+    check_positive,
+    check_same_images,
+    is_same,
+    mixture,
+    open_together,
+    with_split,
+)
 from anabranch.jobs.embed import embed
 from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.settings import MeasureSettings
 from anabranch.measure.conflict import gradient_conflict
 from anabranch.measure.intervals import interval
-from anabranch.measure.probes import PROBES, ProbeConfig, probe
+from anabranch.measure.probes import PROBES, ProbeConfig, check_task, probe
 from anabranch.measure.relatedness import agreement, relatedness
 from anabranch.measure.transfer import SHARED, TransferScores, summarise
 from anabranch.models import vit_mae
 from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.publish import replace_folder
-from anabranch.train.run_folder import RunFolder
+from anabranch.train.run_folder import RunFolder, differing_keys
 from anabranch.train.signals import StopFlag
 
 PRIMARY = "linear"
@@ -66,12 +76,13 @@ class Cell:
 
 def measure(settings: MeasureSettings) -> dict[str, Any]:
     """Train, probe, summarise; writes transfer.json and report.html into the run and returns what the former holds."""
+    corpus = open_corpus(settings)
     with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), settings.resume) as run:
-        corpus = open_corpus(settings)
+        check_same_images(run.path, [*corpus.sources, *corpus.tasks])
         cells = plan(settings, corpus)
-        results = run_cells(
-            run.path / "models", cells, train_and_probe, (settings, corpus, run.path), settings.workers, stop
-        )
+        made_with = {"settings": _plain(settings), "version": __version__}
+        shared = (settings, corpus, run.path)
+        results = run_cells(run.path / "models", cells, train_and_probe, shared, made_with, settings.workers, stop)
         result = conclude(settings, corpus, cells, results)
         write_json(run.path / "transfer.json", result)
     from anabranch.jobs.pages import write_transfer_page
@@ -95,20 +106,25 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def open_corpus(settings: MeasureSettings) -> Corpus:
+    check_positive(settings, "steps", "seeds", "batch_size", "num_labels", "num_draws", "probe_points", "max_images")
     source_names = check_names(settings.sources, "sources", 2)
     task_names = check_names(settings.tasks, "tasks", 1)
     specs = [*settings.sources, *settings.tasks]
-    labelled = [spec in settings.tasks for spec in settings.sources] + [True] * len(settings.tasks)
-    opened = open_together(specs, labelled, settings.image_size, settings.channels, settings.preset)
+    both = [any(is_same(spec, task) for task in settings.tasks) for spec in settings.sources]
+    opened = open_together(
+        specs, both + [True] * len(task_names), settings.image_size, settings.channels, settings.preset
+    )
     # a folder that is source and task gives its training half only, or the test images would be learned from
     sources = [
-        (with_split(images) if labels else images).unlabelled()
-        for images, labels in zip(opened[: len(source_names)], labelled, strict=False)
+        (with_split(images) if is_task else images).unlabelled()
+        for images, is_task in zip(opened[: len(source_names)], both, strict=True)
     ]
     for images in sources:
         if len(images) < 2:
             raise UsageError(f"source {images.name} has too few images", expected="at least 2", received=len(images))
-    tasks = [with_split(at_most(task, settings.max_images, seed=0)) for task in opened[len(source_names) :]]
+    tasks = [at_most(with_split(task), settings.max_images, seed=0) for task in opened[len(source_names) :]]
+    for task in tasks:
+        check_task(task.labels.numpy(), task.is_test.numpy())
     own = tuple(source_names.index(name) if name in source_names else -1 for name in task_names)
     return Corpus(tuple(sources), tuple(tasks), own)
 
@@ -131,7 +147,8 @@ def plan(settings: MeasureSettings, corpus: Corpus) -> list[Cell]:
             elif settings.budget == "equal-images":
                 cell = replace(cell, images_a_source=max(min(sizes) // len(members), 1))
             elif settings.budget == "equal-exposure":
-                cell = replace(cell, batch_size=max(round(settings.batch_size * len(members) / count), 1))
+                share = sum(sizes[i] for i in members) / sum(sizes)
+                cell = replace(cell, batch_size=max(round(settings.batch_size * share), 1))
             cells.append(cell)
     return cells
 
@@ -141,25 +158,38 @@ def run_cells(
     cells: Sequence[Any],
     work: Callable[[Any, Any], Any],
     shared: Any,
+    made_with: dict[str, Any],
     workers: int | None,
     stop: StopFlag,
 ) -> dict[str, Any]:
-    """{cell key: result of `work(shared, cell)`}, done now or read from a former attempt."""
+    """{cell key: result of `work(shared, cell)`}, done now or read from a former attempt with the same settings."""
     folder.mkdir(exist_ok=True)
-    results = {
-        cell.key: json.loads(path.read_text()) for cell in cells if (path := folder / f"{cell.key}.json").exists()
-    }
+    made_with = json.loads(json.dumps(made_with))  # as a file gives it back
+    results = {cell.key: read_cell(path, made_with) for cell in cells if (path := folder / f"{cell.key}.json").exists()}
     missing = [cell for cell in cells if cell.key not in results]
     with Progress(folder.name, total=len(cells), done=len(results)) as progress:
         for cell, result in side_by_side(work, shared, missing, workers, lambda: stop.is_set):
-            write_json(folder / f"{cell.key}.json", result)
+            write_json(folder / f"{cell.key}.json", {"made_with": made_with, **result})
             results[cell.key] = result
             progress.advance(f"{cell.key}: {result['seconds']:.0f} s")
     if stop.is_set:
-        raise Stopped(
-            f"stopped with {len(results)} of {len(cells)} {folder.name} finished", hint="the same command with --resume"
-        )
+        what = f"stopped with {len(results)} of {len(cells)} {folder.name} finished"
+        raise Stopped(what, hint="the same command with --resume")
     return results
+
+
+def read_cell(path: Path, made_with: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    before = result.pop("made_with", {})
+    if before != made_with:
+        names = differing_keys(before, made_with)
+        raise UsageError(
+            f"{path} was made with other settings",
+            expected="the settings of this command",
+            received=f"others in {', '.join(names[:3])}",
+            hint="another --out",
+        )
+    return result
 
 
 def shared_model(run: Path, seed: int) -> Path:
@@ -180,6 +210,8 @@ def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) ->
     stream = masked_images(pool, model, indices, seed=cell.seed, augment=settings.augment)
     points = {round(cell.steps * (i + 1) / settings.probe_points) for i in range(settings.probe_points)}
     scores: dict[int, dict[str, Any]] = {}
+    if cell.model == SHARED:  # the floor: before anything was learned
+        scores[0] = probe_tasks(model, corpus.tasks, settings, cell.seed)
 
     def on_step(step: int, logs: Mapping[str, float]) -> None:
         if step in points:
@@ -288,6 +320,7 @@ def conclude(
     best = [sources.index(task["best"]) for task in summaries[PRIMARY]["tasks"]]
     return {
         "sources": {images.name: len(images) for images in corpus.sources},
+        "test_images": {task.name: int(task.is_test.sum()) for task in corpus.tasks},
         "quarantine": {i.name: len(i.quarantine) for i in (*corpus.sources, *corpus.tasks) if i.quarantine},
         "seeds": settings.seeds,
         "budget": settings.budget,
@@ -304,8 +337,8 @@ def conclude(
 
 
 def budget_in_words(settings: MeasureSettings, cells: Sequence[Cell]) -> str:
-    of = {cell.model: cell for cell in cells}
-    shared, one = of[SHARED], next(cell for cell in cells if len(cell.members) == 1)
+    shared = next(cell for cell in cells if cell.model == SHARED)
+    alone = [cell for cell in cells if len(cell.members) == 1]
     what = {
         "equal-steps": "every model gets the same number of optimiser steps and images; the shared one divides them",
         "equal-images": "every model learns from equally many different images: composition alone differs",
@@ -313,9 +346,14 @@ def budget_in_words(settings: MeasureSettings, cells: Sequence[Cell]) -> str:
         "equal-exposure": "every image is seen equally often by its own model and the shared one, in as many steps",
     }[settings.budget]
     return (
-        f"{settings.budget}: {what} (one source: {one.steps} steps of {one.batch_size} images; "
-        f"shared: {shared.steps} steps of {shared.batch_size})"
+        f"{settings.budget}: {what} (one source: {span(c.steps for c in alone)} steps of "
+        f"{span(c.batch_size for c in alone)} images; shared: {shared.steps} steps of {shared.batch_size})"
     )
+
+
+def span(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
 def curves(results: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from anabranch.report.figures import curves, matrix
 from anabranch.report.page import Page, Section, Table, write
 from anabranch.report.text import estimate, points
 
+ENOUGH_TEST_IMAGES = 100
+
 
 def ends(cells: Sequence[Sequence[dict[str, Any]]], name: str) -> list[list[float | None]]:
     """One number out of every interval of a table."""
@@ -77,7 +79,7 @@ def transfer_facts(result: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def transfer_sections(result: dict[str, Any]) -> list[Section]:
-    sections = [verdicts(result), transfer_matrix(result)]
+    sections = [verdicts(result), transfer_matrix(result), *few_test_images(result)]
     if result["harm"]:
         sections.append(harm_section(result))
     sections += [learning(result), why(result), second_probe(result)]
@@ -117,6 +119,17 @@ def verdicts(result: dict[str, Any]) -> Section:
     )
 
 
+def few_test_images(result: dict[str, Any]) -> list[Section]:
+    few = {task: count for task, count in result["test_images"].items() if count < ENOUGH_TEST_IMAGES}
+    if not few:
+        return []
+    listed = ", ".join(f"{task} ({count})" for task, count in few.items())
+    text = [
+        f"Few test images: {listed}. The intervals are over seeds and do not hold the uncertainty of so small a test."
+    ]
+    return [Section("Small tests", text=text, kind="caution")]
+
+
 def transfer_matrix(result: dict[str, Any]) -> Section:
     table = result["matrix"]
     cells = table["minus_shared"]
@@ -128,14 +141,13 @@ def transfer_matrix(result: dict[str, Any]) -> Section:
         row_title="learned from",
         column_title="wanted for",
     )
-    accuracy = Table(
-        "Accuracy in percent",
-        ["learned from", *table["columns"]],
-        [
-            [name, *(f"{cell['mean']:.1f}" for cell in row)]
-            for name, row in zip(table["rows"], table["accuracy"], strict=True)
-        ],
-    )
+    rows = [
+        [name, *(f"{cell['mean']:.1f}" for cell in row)]
+        for name, row in zip(table["rows"], table["accuracy"], strict=True)
+    ]
+    floor = result["curves"]["all"]["per_task"]
+    rows.append(["nothing (the floor)", *(f"{floor[task][0]:.1f}" for task in table["columns"])])
+    accuracy = Table("Accuracy in percent", ["learned from", *table["columns"]], rows)
     text = [
         "Rows are what a model learned from, columns what is wanted of it. Blue: better than one model for everything; "
         "orange: worse. A blue cell on the diagonal with orange around it is semantic negative transfer."

@@ -44,11 +44,14 @@ def side_by_side(
     count = num_workers(workers, len(items))
     if count == 1:
         threads = torch.get_num_threads()
-        for item in items:
-            if stopped():
-                return
-            yield item, function(shared, item)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # as beside others: the number of processes must not change a number
+        try:
+            for item in items:
+                if stopped():
+                    return
+                yield item, function(shared, item)
+        finally:
+            torch.set_num_threads(threads)
         return
     torch.multiprocessing.set_sharing_strategy("file_system")
     context = torch.multiprocessing.get_context("spawn")

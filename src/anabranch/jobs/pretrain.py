@@ -24,9 +24,9 @@ from anabranch.allocate.clusters import kmeans, sinkhorn
 from anabranch.allocate.clusters.groups import auto_num_clusters, group_clusters
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images, write_quarantine
-from anabranch.data.streams import ShuffledIndices, StratifiedIndices
+from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.corpus import at_most, check_names, mixture, open_together
+from anabranch.jobs.corpus import at_most, check_names, check_positive, check_same_images, mixture, open_together
 from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import PretrainSettings
@@ -39,9 +39,15 @@ from anabranch.train.processes import processes
 from anabranch.train.publish import replace_folder
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
-from anabranch.train.touch import digest, touch_report
+from anabranch.train.touch import digest
 
 EXPERTS = "experts.json"
+TOUCHED = "touched.json"
+GATE_ONLY = (
+    *("aux_loss_coef", "balance", "entropy_coef", "gate_scale"),
+    *("temperature", "noise_std", "cluster_embedding"),
+)
+BUILD_ONLY = ("preset", "image_size", "channels", "base_steps", "learning_rate")
 STABILITY_IMAGES = 2000
 STABILITY_RESAMPLES = 5
 COLLAPSED = 0.8
@@ -57,8 +63,11 @@ def say(line: str) -> None:
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Run all stages, those that are finished are skipped on resume; returns what summary.json holds."""
     check_settings(settings)
+    images = open_pool(settings)
+    if settings.method != "mae":
+        num_clusters(settings, len(images))
     with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), settings.resume) as run:
-        images = open_pool(settings, run.path)
+        note_images(images, run.path)
         base = obtain_base(settings, images, run.path)
         if settings.method == "mae":
             trained, summary = train_plain(settings, base, images, run.path)
@@ -71,18 +80,21 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
             publish(run.path / "model", lambda folder: save_experts(folder, trained, config, groups))
             summary |= describe_experts(settings, trained, clusters)
         finish(run.path, settings, images, summary)
-    if summary.get("dead_experts"):
-        raise CheckFailed(
-            f"experts without images: {', '.join(summary['dead_experts'])}",
-            expected="every expert of every layer serves some cluster",
-            hint="--set assignment=fixed, a larger aux_loss_coef, or fewer --experts",
-        )
+    check_summary(summary)
     say(f"\nrun   {settings.out}\npage  {settings.out / 'report.html'}")
     return summary
 
 
 def check_settings(settings: PretrainSettings) -> None:
+    """Everything that can be wrong is said before anything is trained."""
     check_names(settings.images, "images", 1)
+    check_positive(settings, "experts", "steps", "base_steps", "batch_size", "save_every", "min_rank", "fit_images")
+    try:
+        config = expert_config(settings)
+        if settings.method != "mae" and settings.base is None:
+            moce.check_layers(config, vit_mae.depth_of(settings.preset))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if settings.clusters != "auto" and not settings.clusters.isdigit():
         raise UsageError("--clusters is no number", expected="a number, or auto", received=settings.clusters)
     if settings.method == "token-moe" and settings.expert_scope != "ffn":
@@ -91,12 +103,49 @@ def check_settings(settings: PretrainSettings) -> None:
             expected="--expert-scope ffn",
             received=settings.expert_scope,
         )
+    if settings.gate_scale == "prob" and settings.expert_scope != "ffn":
+        raise UsageError(
+            "a gate value cannot be folded into whole blocks, so no plain model could be handed back",
+            expected="gate_scale=straight_through",
+            received="gate_scale=prob",
+        )
     if settings.assignment == "fixed" and settings.batch_size % settings.experts and settings.method == "moce":
         raise UsageError(
             "a batch cannot be divided evenly among the experts",
             expected=f"a batch_size divisible by {settings.experts}",
             received=settings.batch_size,
             hint=f"--set batch_size={settings.experts * max(settings.batch_size // settings.experts, 1)}",
+        )
+    refuse_ignored(settings)
+
+
+def refuse_ignored(settings: PretrainSettings) -> None:
+    """A setting that would do nothing is refused: silence would be taken for an effect."""
+    ignored = []
+    if settings.method == "moce" and settings.assignment == "fixed":
+        ignored += [(name, "assignment=fixed has no gate", "--set assignment=gate") for name in GATE_ONLY]
+    if settings.base is not None:
+        ignored += [(name, "the base is given", "leave --base out") for name in BUILD_ONLY]
+    if settings.expert_scope == "encoder":
+        ignored += [("expert_layers", "the scope is the whole encoder", "--expert-scope blocks")]
+    for name, why, hint in ignored:
+        if getattr(settings, name) != getattr(PretrainSettings, name):
+            raise UsageError(f"{name} would change nothing: {why}", received=getattr(settings, name), hint=hint)
+
+
+def check_summary(summary: dict[str, Any]) -> None:
+    """What is wrong with a finished run, said after everything was written."""
+    if summary.get("dead_experts"):
+        raise CheckFailed(
+            f"experts without images: {', '.join(summary['dead_experts'])}",
+            expected="every expert of every layer serves some cluster",
+            hint="--set assignment=fixed, a larger aux_loss_coef, or fewer --experts",
+        )
+    if summary["untouched"]:
+        raise CheckFailed(
+            f"{len(summary['untouched'])} tensors were to be trained and are as before",
+            received=", ".join(summary["untouched"][:3]),
+            hint="more --steps, or fewer --experts: some never saw an image",
         )
 
 
@@ -106,27 +155,34 @@ def _plain(settings: PretrainSettings) -> dict[str, Any]:
     return plain | {"base": None if settings.base is None else str(settings.base)}
 
 
-def open_pool(settings: PretrainSettings, run: Path) -> Images:
-    """All images of all folders at the model's size; unreadable ones are listed in quarantine.jsonl."""
+def open_pool(settings: PretrainSettings) -> Images:
+    """All images of all folders at the model's size."""
     size, channels = settings.image_size, settings.channels
     if settings.base is not None:
         config = vit_mae.load(settings.base).config
         size, channels = config.image_size, config.num_channels
     preset = None if settings.base is not None else settings.preset
-    opened = open_together(settings.images, [False] * len(settings.images), size, channels, preset)
-    images = mixture(opened)
+    images = mixture(open_together(settings.images, [False] * len(settings.images), size, channels, preset))
+    say(f"{len(images):,} images of {images.channels} x {images.image_size} x {images.image_size}")
+    return images
+
+
+def note_images(images: Images, run: Path) -> None:
+    """Unreadable images are listed in quarantine.jsonl; a resumed run has to see the images that it began with."""
+    with processes().main_process_first():
+        check_same_images(run, [images])
     if processes().is_main_process and images.quarantine:
         write_quarantine(run / "quarantine.jsonl", images.quarantine)
         say(f"{len(images.quarantine)} unreadable images are listed in {run / 'quarantine.jsonl'}")
-    say(f"{len(images):,} images of {images.channels} x {images.image_size} x {images.image_size}")
-    return images
 
 
 def obtain_base(settings: PretrainSettings, images: Images, run: Path) -> nn.Module:
     """The model that the stage starts from: given, finished before, or trained now."""
     if settings.base is not None:
         base = vit_mae.load(settings.base)
-        publish_once(run / "base", lambda folder: base.save_pretrained(folder))
+        with processes().main_process_first():
+            if not (run / "base").exists():
+                replace_folder(base.save_pretrained, run / "base")
         return base
     if (run / "base").exists():
         return vit_mae.load(run / "base")
@@ -135,14 +191,25 @@ def obtain_base(settings: PretrainSettings, images: Images, run: Path) -> nn.Mod
         return base
     say("base: a masked autoencoder of all images")
     steps = settings.base_steps or settings.steps
-    train_stage(settings, MaskedAutoencoding(base), plain_stream(settings, images, base), steps, run / "base-training")
+    train_stage(
+        settings,
+        MaskedAutoencoding(base),
+        plain_stream(settings, images, base, settings.seed),
+        steps,
+        run / "base-training",
+    )
     publish(run / "base", lambda folder: base.eval().save_pretrained(folder))
     return base
 
 
-def plain_stream(settings: PretrainSettings, images: Images, model: nn.Module) -> Any:
-    indices = ShuffledIndices(len(images), settings.batch_size, settings.seed)
-    return masked_images(images, model, indices, seed=settings.seed, augment=settings.augment)
+def second_stage(settings: PretrainSettings) -> int:
+    """Seed of the batches and masks after the base: others than it has seen."""
+    return derived_seed("second stage", settings.seed)
+
+
+def plain_stream(settings: PretrainSettings, images: Images, model: nn.Module, seed: int) -> Any:
+    indices = ShuffledIndices(len(images), settings.batch_size, seed)
+    return masked_images(images, model, indices, seed=seed, augment=settings.augment)
 
 
 def train_stage(
@@ -161,22 +228,29 @@ def train_stage(
         mixed_precision=settings.mixed_precision,
     )
     before, trainable = digest(objective), [n for n, p in objective.named_parameters() if p.requires_grad]
-    resume = (folder / "checkpoints").exists()
-    result = train(objective, stream, config, folder, resume=resume, report=say)
-    summary = {"steps": result.step, "images_seen": result.step * settings.batch_size}
-    if not result.losses:  # finished before
-        return summary
-    touched = touch_report(before, digest(objective), named=trainable, trained=trainable)
-    say(str(touched))
-    counts = {"named": len(touched.named), "changed": len(touched.changed), "left_alone": list(touched.left_alone)}
-    return summary | {"touch": counts}
+    result = train(objective, stream, config, folder, resume=(folder / "checkpoints").exists(), report=say)
+    if result.losses and processes().is_main_process:
+        write_json(folder / TOUCHED, touched(before, digest(objective), trainable))
+    processes().wait_for_everyone()
+    facts = json.loads((folder / TOUCHED).read_text(encoding="utf-8"))
+    say(f"{facts['named']} tensors named, {facts['changed']} changed, {len(facts['untouched'])} of the named as before")
+    return {"steps": result.step, "images_seen": result.step * settings.batch_size, **facts}
+
+
+def touched(before: dict[str, str], after: dict[str, str], trainable: list[str]) -> dict[str, Any]:
+    """What training named and changed; raises if it changed a tensor that it did not name."""
+    changed = {name for name in before if before[name] != after[name]}
+    if strangers := changed - set(trainable):
+        raise CheckFailed("tensors changed that were not to change", received=", ".join(sorted(strangers)[:5]))
+    untouched = [name for name in trainable if name not in changed]
+    return {"named": len(trainable), "changed": len(changed), "untouched": untouched}
 
 
 def train_plain(
     settings: PretrainSettings, model: nn.Module, images: Images, run: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
     rate = settings.learning_rate if settings.base is None else settings.expert_learning_rate
-    stream = plain_stream(settings, images, model)
+    stream = plain_stream(settings, images, model, settings.seed if settings.base is None else second_stage(settings))
     summary = train_stage(settings, MaskedAutoencoding(model), stream, settings.steps, run, rate)
     return model.eval(), summary
 
@@ -194,16 +268,21 @@ def obtain_clusters(settings: PretrainSettings, base: nn.Module, images: Images,
     return clusters
 
 
-def fit_clusters(settings: PretrainSettings, base: nn.Module, images: Images) -> Clustering:
-    count = auto_num_clusters(len(images), settings.experts) if settings.clusters == "auto" else int(settings.clusters)
+def num_clusters(settings: PretrainSettings, num_images: int) -> int:
+    count = auto_num_clusters(num_images, settings.experts) if settings.clusters == "auto" else int(settings.clusters)
     if count < settings.experts:
         raise UsageError(
             f"{settings.experts} experts cannot differ on {count} clusters",
             expected=f"at least {settings.experts} clusters",
             received=count,
         )
-    if count > len(images):
-        raise UsageError("there are fewer images than clusters", expected=f"at least {count}", received=len(images))
+    if count > num_images:
+        raise UsageError("there are fewer images than clusters", expected=f"at least {count}", received=num_images)
+    return count
+
+
+def fit_clusters(settings: PretrainSettings, base: nn.Module, images: Images) -> Clustering:
+    count = num_clusters(settings, len(images))
     features = embed(base, images)
     generator = torch.Generator().manual_seed(settings.seed)
     fitted = clusterer(settings, count)(features, generator)
@@ -263,7 +342,8 @@ def train_experts(
     generator = torch.Generator().manual_seed(settings.seed)
     model = vit_mae.copy_of(base)
     ids = {"cluster": clusters.labels}
-    indices: Any = ShuffledIndices(len(images), settings.batch_size, settings.seed)
+    seed = second_stage(settings)
+    indices: Any = ShuffledIndices(len(images), settings.batch_size, seed)
     if settings.method == "token-moe":
         token_moe.insert(model, config, generator)
         objective: nn.Module = token_moe.TokenRouted(model, config, seed=settings.seed, batch_size=settings.batch_size)
@@ -273,8 +353,8 @@ def train_experts(
             model, config, seed=settings.seed, batch_size=settings.batch_size, base=base
         )
         if config.assignment == "fixed":
-            indices = StratifiedIndices(groups[clusters.labels], settings.batch_size, settings.seed)
-    stream = masked_images(images, base, indices, seed=settings.seed, augment=settings.augment, **ids)
+            indices = StratifiedIndices(groups[clusters.labels], settings.batch_size, seed)
+    stream = masked_images(images, base, indices, seed=seed, augment=settings.augment, **ids)
     say(f"{settings.method}: {config.num_experts} experts in {', '.join(moce.expert_modules(base, config))}")
     summary = train_stage(settings, objective, stream, settings.steps, run, settings.expert_learning_rate)
     return model.eval(), summary
@@ -285,11 +365,6 @@ def publish(folder: Path, write: Callable[[Path], Any]) -> None:
     if processes().is_main_process:
         replace_folder(write, folder)
     processes().wait_for_everyone()
-
-
-def publish_once(folder: Path, write: Callable[[Path], Any]) -> None:
-    if not folder.exists():
-        publish(folder, write)
 
 
 def save_experts(folder: Path, model: nn.Module, config: moce.Config, groups: Tensor) -> None:
@@ -332,9 +407,11 @@ def describe_experts(settings: PretrainSettings, model: nn.Module, clusters: Clu
     names = moce.expert_modules(model, expert_config(settings))
     dead = [f"{names[l]} expert {e}" for l, e in (load == 0).nonzero().tolist()]
     share = load / load.sum(1, keepdim=True)
+    warnings = summary["clusters"]["health"].setdefault("warnings", [])
     for layer, expert in (share > COLLAPSED).nonzero().tolist() if settings.experts > 1 else []:
         served = f"{names[layer]} expert {expert} serves {share[layer, expert]:.0%} of the images"
-        say(f"  warning: {served}; {COLLAPSE_HINT}")
+        warnings.append(f"{served}; {COLLAPSE_HINT}")
+        say(f"  warning: {warnings[-1]}")
     return summary | {"routes": table.tolist(), "load": share.tolist(), "dead_experts": dead}
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
+from anabranch.errors import UsageError
+from anabranch.jobs.corpus import check_same_images, mixture, open_together
 from anabranch.jobs.embed import embed
 from anabranch.models import vit_mae
 from anabranch.report.figures import ClusterSheet, cluster_sheets, curves
@@ -18,7 +21,8 @@ from anabranch.train.metrics import read_metrics
 
 
 def write_pretrain_page(run: Path, images: Images | None = None) -> Path:
-    """report.html of a run of `pretrain`, finished or not; contact sheets need the images."""
+    """report.html of a run of `pretrain`, finished or not; contact sheets need the images, which are looked for."""
+    images = images or reopened(run)
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
     sections = [*expert_sections(summary), *training_sections(run)]
     if images is not None and (run / "clusters").is_dir():
@@ -38,6 +42,21 @@ def write_pretrain_page(run: Path, images: Images | None = None) -> Path:
         sections=sections,
     )
     return write(page, run / "report.html")
+
+
+def reopened(run: Path) -> Images | None:
+    """The images that the run learned from, where they still are what they were."""
+    file = run / "config.resolved.yaml"
+    if not file.exists() or not (run / "clusters").is_dir():
+        return None
+    config = vit_mae.load(run / "base").config
+    specs = yaml.safe_load(file.read_text(encoding="utf-8"))["images"]
+    try:
+        images = mixture(open_together(specs, [False] * len(specs), config.image_size, config.num_channels, None))
+        check_same_images(run, [images])
+    except UsageError:
+        return None
+    return images
 
 
 def pretrain_lead(summary: dict[str, Any]) -> list[str]:

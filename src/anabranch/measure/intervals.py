@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy import stats
 
+ENOUGH = 3
+"""Seeds that a verdict needs."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -27,7 +30,9 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """`positive` or `negative` when the interval excludes zero, else `open`."""
+        """`positive` or `negative` when the interval of at least three seeds excludes zero, else `open`."""
+        if self.count < ENOUGH:
+            return "open"  # two seeds that agree by chance would have an interval of no width
         return "positive" if self.low > 0 else "negative" if self.high < 0 else "open"
 
     def as_dict(self) -> dict[str, float | int | None]:

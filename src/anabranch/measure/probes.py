@@ -59,7 +59,7 @@ def probe(
     """
     check_task(labels, is_test)
     test = np.flatnonzero(is_test)
-    test = np.random.default_rng([seed, 0]).permutation(test)
+    test = np.random.default_rng(0).permutation(test)  # for every seed the same halves, or none would be held out
     parts = {"accuracy": test, "choose": test[::2], "report": test[1::2]}
     accuracy: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in PROBES}
     for draw in range(config.num_draws):

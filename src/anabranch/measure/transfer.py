@@ -80,7 +80,7 @@ def verdict(gap: Interval, specific: Interval) -> tuple[str, str]:
     if gap.verdict == "positive" and specific.verdict == "positive":
         return "hurt by sharing", "semantic"
     if gap.verdict == "positive":
-        return "hurt by sharing", "under-trained"
+        return "hurt by sharing", "under-trained" if specific.high < gap.mean / 2 else "open"
     if gap.verdict == "negative":
         return "helped by sharing", "none"
     return "cannot tell at this budget", "none"
@@ -93,10 +93,12 @@ def sentence(task: str, own: str, gap: Interval, specific: Interval) -> str:
         why = f"its own source beats the other sources by {specific}: the cause looks semantic, give it an expert"
     elif cause == "under-trained":
         why = f"but {own} is no better than other sources ({specific}): the cause looks under-trained, train longer"
+    elif cause == "open":
+        why = f"whether its own source beats the others cannot be told ({specific}): more seeds"
     elif word.startswith("helped"):
         why = "keep it in the mixture"
     elif specific.verdict == "positive":
-        why = f"the matching source matters ({specific}), yet the mixture keeps up with it"
+        why = f"the matching source matters ({specific}); whether the mixture keeps up with it cannot be told"
     else:
         why = "more seeds or more steps would tell"
     return f"{task}: {word}, {gap} points from own source to mixture; {why}."

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError, did_you_mean
@@ -39,6 +40,8 @@ class Preset:
     norm_pix_eps: float
     grid: int | None
     """Patches a side; None fixes the patch at 16 pixels."""
+    intermediate_size: int | None = None
+    """Hidden units of the encoder's feed-forward networks; four times the width by default."""
 
 
 PRESETS = {
@@ -46,6 +49,18 @@ PRESETS = {
         hidden_size=16,
         num_layers=2,
         num_heads=2,
+        decoder_hidden_size=16,
+        decoder_num_layers=1,
+        decoder_num_heads=2,
+        mask_ratio=0.6,
+        norm_pix_eps=1e-3,
+        grid=4,
+    ),
+    "narrow": Preset(  # starved feed-forward networks: sharing costs most where there is least to share
+        hidden_size=32,
+        num_layers=3,
+        num_heads=2,
+        intermediate_size=8,
         decoder_hidden_size=16,
         decoder_num_layers=1,
         decoder_num_heads=2,
@@ -116,6 +131,13 @@ def patch_size_for(preset: str, image_size: int) -> int:
     return image_size // grid if grid is not None else BASE_PATCH
 
 
+def depth_of(preset: str) -> int:
+    """Blocks of the encoder."""
+    if preset not in PRESETS:
+        raise UsageError(f"there is no preset {preset!r}", hint=did_you_mean(preset, PRESETS))
+    return PRESETS[preset].num_layers
+
+
 def build(preset: str, *, image_size: int, channels: int, seed: int, mask_ratio: float | None = None) -> nn.Module:
     """A fresh ViTMAEForPreTraining, its initial weights a function of `seed` alone."""
     patch_size = patch_size_for(preset, image_size)
@@ -127,7 +149,7 @@ def build(preset: str, *, image_size: int, channels: int, seed: int, mask_ratio:
         hidden_size=size.hidden_size,
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
-        intermediate_size=MLP_RATIO * size.hidden_size,
+        intermediate_size=size.intermediate_size or MLP_RATIO * size.hidden_size,
         decoder_hidden_size=size.decoder_hidden_size,
         decoder_num_hidden_layers=size.decoder_num_layers,
         decoder_num_attention_heads=size.decoder_num_heads,
@@ -138,6 +160,11 @@ def build(preset: str, *, image_size: int, channels: int, seed: int, mask_ratio:
         norm_pix_loss=True,
     )
     config.norm_pix_eps = size.norm_pix_eps
+    return fresh(config, seed)
+
+
+def fresh(config: Any, seed: int) -> nn.Module:
+    """A new model of this configuration."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers().ViTMAEForPreTraining(config)
@@ -171,7 +198,10 @@ def load(path: str | Path) -> nn.Module:
             expected="config.json and model.safetensors, as save_pretrained writes them",
             received="no such folder" if not folder.exists() else "no config.json",
         )
-    model_type = json.loads(config_file.read_text()).get("model_type")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{config_file} cannot be read", expected="JSON", received=error) from error
     if model_type != "vit_mae":
         raise UsageError(
             f"{folder} holds a {model_type} model",
@@ -182,7 +212,7 @@ def load(path: str | Path) -> nn.Module:
         model, info = transformers().ViTMAEForPreTraining.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, use_safetensors=True
         )
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise UsageError(
             f"{folder} cannot be loaded", expected="tensors of the shapes its config.json gives", received=error
         ) from error

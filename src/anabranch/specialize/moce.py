@@ -60,14 +60,18 @@ class Config:
             raise ValueError(f"temperature: expected above 0, received {self.temperature}")
 
 
+def check_layers(config: Config, depth: int) -> None:
+    if wrong := [i for i in config.expert_layers or () if not 0 <= i < depth]:
+        raise ValueError(f"expert_layers: expected blocks 0..{depth - 1}, received {wrong[0]}")
+
+
 def expert_modules(model: nn.Module, config: Config) -> list[str]:
     """Names of the modules that become mixtures, in the order in which the forward meets them."""
     depth = len(model.vit.layers)
     layers = config.expert_layers
     if layers is None:
         layers = tuple(range(depth)) if depth <= 4 else tuple(range(depth))[1::2][-2:]
-    if wrong := [i for i in layers if not 0 <= i < depth]:
-        raise ValueError(f"expert_layers: expected blocks 0..{depth - 1}, received {wrong[0]}")
+    check_layers(config, depth)
     if config.expert_scope == "ffn":
         return [f"vit.layers.{i}.mlp" for i in layers]
     if config.expert_scope == "blocks":
@@ -131,7 +135,7 @@ class ClusterConditional(nn.Module):
             masked = masked_loss(self.model, pixel_values, batch["noise"])
         terms = {"masked": masked.loss, **routing_terms(self.model, config)}
         if config.distill_coef:
-            base = masked_loss(self._base[0], pixel_values, batch["noise"])
+            base = masked_loss(self._base[0].to(pixel_values.device), pixel_values, batch["noise"])
             terms["distill"] = config.distill_coef * distillation(masked.tokens, base.tokens)
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 

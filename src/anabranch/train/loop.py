@@ -83,6 +83,7 @@ def train(
     report   called in the first process with lines for people.
     """
     accelerator = _accelerator(config)
+    origin = next(objective.parameters()).device
     with ExitStack() as stack:
         stop = stack.enter_context(StopFlag())
         stack.enter_context(deterministic_algorithms(config.deterministic))
@@ -99,6 +100,7 @@ def train(
             if loop.stopping:
                 loop.raise_stopped()
         accelerator.wait_for_everyone()  # the last checkpoint exists before any process goes on
+    objective.to(origin)  # the caller's other tensors are where they were, and so is the model again
     images_seen = len(losses) * config.batch_size
     return TrainResult(step=loop.step, losses=losses, seconds=time.perf_counter() - started, images_seen=images_seen)
 
