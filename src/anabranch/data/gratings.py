@@ -2,7 +2,7 @@
 """Noisy gratings: a generated domain whose low-level statistics differ from those of pictures, a planted conflict.
 
 Equation  : x(u, v) = 1/2 + a sin(2 pi f (u cos t + v sin t) / S + p) + n,   n ~ N(0, noise^2) at every pixel
-Classes   : 12 = 6 orientations t (0, 30, … 150 degrees) x 2 frequencies f (5 and 9 cycles an image).
+Classes   : 12 = 6 orientations t (0, 30, … 150 degrees) x 2 frequencies f (2 and 4 cycles an image).
 Random    : phase p in [0, 2 pi), contrast a in [0.1, 0.2]: neither tells the class.
 Shapes    : N images, 1 channel, S x S pixels, 8 bit.
 Check     : the class cannot be read from single pixels (a linear classifier stays near chance, 1/12), but can from the
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 ORIENTATIONS = (0, 30, 60, 90, 120, 150)
-FREQUENCIES = (5, 9)
+FREQUENCIES = (2, 4)
 CLASS_NAMES = tuple(f"{degrees}deg-{cycles}cycles" for degrees in ORIENTATIONS for cycles in FREQUENCIES)
 CONTRAST = (0.1, 0.2)
 NOISE = 0.25

@@ -32,7 +32,7 @@ def write_demo_page(run: Path) -> Path:
         sections=[
             *transfer_sections(transfer)[:2],
             side_by_side(transfer, result),
-            effect_section(result),
+            effect_section(transfer, result),
             *cluster_sections(run, transfer),
             who_serves_whom(result),
             what_routers_see(result),
@@ -88,22 +88,12 @@ def side_by_side(transfer: dict[str, Any], result: dict[str, Any]) -> Section:
     return Section("Before and after routing", text=text, figures=[figure])
 
 
-def effect_section(result: dict[str, Any]) -> Section:
+def effect_section(transfer: dict[str, Any], result: dict[str, Any]) -> Section:
     rows = [Effect(e["name"], e["mean"], e["low"], e["high"], e["count"], e["verdict"]) for e in result["effects"]]
-    planted = [e for e in result["effects"] if (e["left"], e["right"]) == ("separate", "continued")]
-    if planted and "gratings" in result["tasks"]:
-        cell = planted[0]["tasks"]["gratings"]
-        word = verdict(Interval(**cell))
-        rows.append(
-            Effect(
-                "the same, on the planted conflict (gratings) alone",
-                cell["mean"],
-                cell["low"],
-                cell["high"],
-                cell["count"],
-                word,
-            )
-        )
+    for task in transfer["tasks"]:
+        if task["task"] == "gratings":
+            name = "gratings learned alone over the shared model (planted)"
+            rows.append(Effect(name, *planted(task["gap_own"])))
     table = Table(
         "Every difference, task by task",
         ["difference", *result["tasks"]],
@@ -122,6 +112,10 @@ def effect_section(result: dict[str, Any]) -> Section:
     return Section(
         "What experts change", text=text, figures=[forest(rows, "Differences between arms")], tables=[table, knn]
     )
+
+
+def planted(gap: dict[str, Any]) -> tuple[float, float, float, int, str]:
+    return gap["mean"], gap["low"], gap["high"], gap["count"], verdict(Interval(**gap))
 
 
 def cluster_sections(run: Path, transfer: dict[str, Any]) -> list[Section]:
