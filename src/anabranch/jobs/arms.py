@@ -31,7 +31,8 @@ from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
 from anabranch.jobs.corpus import at_most, mixture
 from anabranch.jobs.embed import embed
-from anabranch.jobs.measure import PRIMARY, Corpus, probe_tasks, shared_model, thinned
+from anabranch.jobs.measure import PRIMARY, Corpus, probe_tasks, shared_model, thinned, write_json
+from anabranch.jobs.pretrain import fingerprint, pixel_statistics, save_experts
 from anabranch.measure.probes import PROBES
 from anabranch.measure.semantics import pixel_routing, routing_semantics
 from anabranch.mixture.context import Context, route
@@ -42,6 +43,7 @@ from anabranch.reuse.extract import extract
 from anabranch.specialize import moce, token_moe
 from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
+from anabranch.train.publish import replace_folder
 
 PARTS = ("accuracy", "choose", "report")
 LOOK_IMAGES = 300
@@ -320,21 +322,18 @@ def keep(
     bench: Bench, arm: Arm, base: nn.Module, clusters: Clustering, model: nn.Module, config: Any, groups: Tensor
 ) -> None:
     """Leave a run that `anabranch customize` understands."""
-    from anabranch.jobs.measure import write_json
-    from anabranch.jobs.pretrain import fingerprint, save_experts
-    from anabranch.train.publish import replace_folder
-
     distance = clusters.assign(embed(base, bench.pool)).distance
     health = clusters.health | {"distance_p95": float(np.quantile(distance.numpy(), 0.95))}
     found = replace(clusters, health=health, encoder_sha256=fingerprint(base))
+
+    summary = {"method": "moce", "images": len(bench.pool), "steps": bench.settings.steps}
+    summary |= {"settings": asdict(bench.settings), **pixel_statistics(bench.pool)}
 
     def write(folder: Path) -> None:
         base.save_pretrained(folder / "base")
         found.save(folder / "clusters")
         (folder / "model").mkdir()
         save_experts(folder / "model", model, config, groups)
-        write_json(
-            folder / "summary.json", {"method": "moce", "images": len(bench.pool), "settings": asdict(bench.settings)}
-        )
+        write_json(folder / "summary.json", summary)
 
     replace_folder(write, bench.run / "moce" / f"seed-{arm.seed}")

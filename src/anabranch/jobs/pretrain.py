@@ -11,7 +11,7 @@ RUN/summary.json, report.html    what a person reads
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anabranch.allocate.clusters import kmeans, sinkhorn
-from anabranch.allocate.clusters.groups import auto_num_clusters, group_clusters
+from anabranch.allocate.clusters.groups import group_clusters
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images, write_quarantine
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.corpus import at_most, check_names, check_positive, check_same_images, mixture, open_together
+from anabranch.jobs.checks import check_settings, check_summary, expert_config, num_clusters
+from anabranch.jobs.corpus import at_most, check_same_images, mixture, open_together
 from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import PretrainSettings
@@ -43,11 +44,6 @@ from anabranch.train.touch import digest
 
 EXPERTS = "experts.json"
 TOUCHED = "touched.json"
-GATE_ONLY = (
-    *("aux_loss_coef", "balance", "entropy_coef", "gate_scale"),
-    *("temperature", "noise_std", "cluster_embedding"),
-)
-BUILD_ONLY = ("preset", "image_size", "channels", "base_steps", "learning_rate")
 STABILITY_IMAGES = 2000
 STABILITY_RESAMPLES = 5
 COLLAPSED = 0.8
@@ -83,70 +79,6 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     check_summary(summary)
     say(f"\nrun   {settings.out}\npage  {settings.out / 'report.html'}")
     return summary
-
-
-def check_settings(settings: PretrainSettings) -> None:
-    """Everything that can be wrong is said before anything is trained."""
-    check_names(settings.images, "images", 1)
-    check_positive(settings, "experts", "steps", "base_steps", "batch_size", "save_every", "min_rank", "fit_images")
-    try:
-        config = expert_config(settings)
-        if settings.method != "mae" and settings.base is None:
-            moce.check_layers(config, vit_mae.depth_of(settings.preset))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if settings.clusters != "auto" and not settings.clusters.isdigit():
-        raise UsageError("--clusters is no number", expected="a number, or auto", received=settings.clusters)
-    if settings.method == "token-moe" and settings.expert_scope != "ffn":
-        raise UsageError(
-            "token-moe routes single tokens, which share their blocks",
-            expected="--expert-scope ffn",
-            received=settings.expert_scope,
-        )
-    if settings.gate_scale == "prob" and settings.expert_scope != "ffn":
-        raise UsageError(
-            "a gate value cannot be folded into whole blocks, so no plain model could be handed back",
-            expected="gate_scale=straight_through",
-            received="gate_scale=prob",
-        )
-    if settings.assignment == "fixed" and settings.batch_size % settings.experts and settings.method == "moce":
-        raise UsageError(
-            "a batch cannot be divided evenly among the experts",
-            expected=f"a batch_size divisible by {settings.experts}",
-            received=settings.batch_size,
-            hint=f"--set batch_size={settings.experts * max(settings.batch_size // settings.experts, 1)}",
-        )
-    refuse_ignored(settings)
-
-
-def refuse_ignored(settings: PretrainSettings) -> None:
-    """A setting that would do nothing is refused: silence would be taken for an effect."""
-    ignored = []
-    if settings.method == "moce" and settings.assignment == "fixed":
-        ignored += [(name, "assignment=fixed has no gate", "--set assignment=gate") for name in GATE_ONLY]
-    if settings.base is not None:
-        ignored += [(name, "the base is given", "leave --base out") for name in BUILD_ONLY]
-    if settings.expert_scope == "encoder":
-        ignored += [("expert_layers", "the scope is the whole encoder", "--expert-scope blocks")]
-    for name, why, hint in ignored:
-        if getattr(settings, name) != getattr(PretrainSettings, name):
-            raise UsageError(f"{name} would change nothing: {why}", received=getattr(settings, name), hint=hint)
-
-
-def check_summary(summary: dict[str, Any]) -> None:
-    """What is wrong with a finished run, said after everything was written."""
-    if summary.get("dead_experts"):
-        raise CheckFailed(
-            f"experts without images: {', '.join(summary['dead_experts'])}",
-            expected="every expert of every layer serves some cluster",
-            hint="--set assignment=fixed, a larger aux_loss_coef, or fewer --experts",
-        )
-    if summary["untouched"]:
-        raise CheckFailed(
-            f"{len(summary['untouched'])} tensors were to be trained and are as before",
-            received=", ".join(summary["untouched"][:3]),
-            hint="more --steps, or fewer --experts: some never saw an image",
-        )
 
 
 def _plain(settings: PretrainSettings) -> dict[str, Any]:
@@ -268,19 +200,6 @@ def obtain_clusters(settings: PretrainSettings, base: nn.Module, images: Images,
     return clusters
 
 
-def num_clusters(settings: PretrainSettings, num_images: int) -> int:
-    count = auto_num_clusters(num_images, settings.experts) if settings.clusters == "auto" else int(settings.clusters)
-    if count < settings.experts:
-        raise UsageError(
-            f"{settings.experts} experts cannot differ on {count} clusters",
-            expected=f"at least {settings.experts} clusters",
-            received=count,
-        )
-    if count > num_images:
-        raise UsageError("there are fewer images than clusters", expected=f"at least {count}", received=num_images)
-    return count
-
-
 def fit_clusters(settings: PretrainSettings, base: nn.Module, images: Images) -> Clustering:
     count = num_clusters(settings, len(images))
     features = embed(base, images)
@@ -318,11 +237,6 @@ def clusterer(settings: PretrainSettings, count: int) -> Callable[[Tensor, torch
 def fingerprint(model: nn.Module) -> str:
     """sha-256 over all tensors of the encoder."""
     return hashlib.sha256("".join(sorted(digest(model.vit).values())).encode()).hexdigest()
-
-
-def expert_config(settings: PretrainSettings) -> moce.Config:
-    given = {f.name: getattr(settings, f.name) for f in fields(moce.Config) if hasattr(settings, f.name)}
-    return moce.Config(**given | {"num_experts": settings.experts})
 
 
 def expert_groups(settings: PretrainSettings, clusters: Clustering) -> Tensor:

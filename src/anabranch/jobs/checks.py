@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be wrong with a request to pretrain, said before anything is trained, and with its result, said after."""
+
+from dataclasses import fields
+from typing import Any
+
+from anabranch.allocate.clusters.groups import auto_num_clusters
+from anabranch.errors import CheckFailed, UsageError
+from anabranch.jobs.corpus import check_names, check_positive
+from anabranch.jobs.settings import PretrainSettings
+from anabranch.models import vit_mae
+from anabranch.specialize import moce
+
+GATE_ONLY = (
+    *("aux_loss_coef", "balance", "entropy_coef", "gate_scale"),
+    *("temperature", "noise_std", "cluster_embedding"),
+)
+BUILD_ONLY = ("preset", "image_size", "channels", "base_steps", "learning_rate")
+
+
+def check_settings(settings: PretrainSettings) -> None:
+    """Everything that can be wrong is said before anything is trained."""
+    check_names(settings.images, "images", 1)
+    check_positive(settings, "experts", "steps", "base_steps", "batch_size", "save_every", "min_rank", "fit_images")
+    try:
+        config = expert_config(settings)
+        if settings.method != "mae" and settings.base is None:
+            moce.check_layers(config, vit_mae.depth_of(settings.preset))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if settings.clusters != "auto" and not settings.clusters.isdigit():
+        raise UsageError("--clusters is no number", expected="a number, or auto", received=settings.clusters)
+    if settings.method == "token-moe" and settings.expert_scope != "ffn":
+        raise UsageError(
+            "token-moe routes single tokens, which share their blocks",
+            expected="--expert-scope ffn",
+            received=settings.expert_scope,
+        )
+    if settings.gate_scale == "prob" and settings.expert_scope != "ffn":
+        raise UsageError(
+            "a gate value cannot be folded into whole blocks, so no plain model could be handed back",
+            expected="gate_scale=straight_through",
+            received="gate_scale=prob",
+        )
+    if settings.assignment == "fixed" and settings.batch_size % settings.experts and settings.method == "moce":
+        raise UsageError(
+            "a batch cannot be divided evenly among the experts",
+            expected=f"a batch_size divisible by {settings.experts}",
+            received=settings.batch_size,
+            hint=f"--set batch_size={settings.experts * max(settings.batch_size // settings.experts, 1)}",
+        )
+    refuse_ignored(settings)
+
+
+def refuse_ignored(settings: PretrainSettings) -> None:
+    """A setting that would do nothing is refused: silence would be taken for an effect."""
+    ignored = []
+    if settings.method == "moce" and settings.assignment == "fixed":
+        ignored += [(name, "assignment=fixed has no gate", "--set assignment=gate") for name in GATE_ONLY]
+    if settings.base is not None:
+        ignored += [(name, "the base is given", "leave --base out") for name in BUILD_ONLY]
+    if settings.expert_scope == "encoder":
+        ignored += [("expert_layers", "the scope is the whole encoder", "--expert-scope blocks")]
+    for name, why, hint in ignored:
+        if getattr(settings, name) != getattr(PretrainSettings, name):
+            raise UsageError(f"{name} would change nothing: {why}", received=getattr(settings, name), hint=hint)
+
+
+def check_summary(summary: dict[str, Any]) -> None:
+    """What is wrong with a finished run, said after everything was written."""
+    if summary.get("dead_experts"):
+        raise CheckFailed(
+            f"experts without images: {', '.join(summary['dead_experts'])}",
+            expected="every expert of every layer serves some cluster",
+            hint="--set assignment=fixed, a larger aux_loss_coef, or fewer --experts",
+        )
+    if summary["untouched"]:
+        raise CheckFailed(
+            f"{len(summary['untouched'])} tensors were to be trained and are as before",
+            received=", ".join(summary["untouched"][:3]),
+            hint="more --steps, or fewer --experts: some never saw an image",
+        )
+
+
+def num_clusters(settings: PretrainSettings, num_images: int) -> int:
+    count = auto_num_clusters(num_images, settings.experts) if settings.clusters == "auto" else int(settings.clusters)
+    if count < settings.experts:
+        raise UsageError(
+            f"{settings.experts} experts cannot differ on {count} clusters",
+            expected=f"at least {settings.experts} clusters",
+            received=count,
+        )
+    if count > num_images:
+        raise UsageError("there are fewer images than clusters", expected=f"at least {count}", received=num_images)
+    return count
+
+
+def expert_config(settings: PretrainSettings) -> moce.Config:
+    given = {f.name: getattr(settings, f.name) for f in fields(moce.Config) if hasattr(settings, f.name)}
+    return moce.Config(**given | {"num_experts": settings.experts})
