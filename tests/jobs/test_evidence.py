@@ -13,9 +13,9 @@ from anabranch.jobs.settings import MeasureSettings
 
 pytestmark = pytest.mark.slow
 
-FIRST_SEED, SEEDS, STEPS, BATCH_SIZE = 20, 5, 1500, 60
-DOMAINS = ("garments", "digits", "textures", "gratings")
-ARMS = ("continued", "moce", "random-clusters", "token-moe", "separate")
+FIRST_SEED, SEEDS, STEPS, BATCH_SIZE = 40, 5, 1500, 64
+DOMAINS = ("garments", "digits")
+ARMS = ("continued", "moce", "random-clusters", "token-moe")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def evidence(tmp_path_factory):
         probe_points=1,
     )
     transfer = measure(settings)
-    arms = ArmSettings(steps=STEPS, num_experts=4, num_clusters=12)
+    arms = ArmSettings(steps=STEPS, batch_size=BATCH_SIZE, num_experts=2, num_clusters=8)
     return transfer, compare(settings, arms, [(name, "ffn") for name in ARMS])
 
 
@@ -50,12 +50,6 @@ def test_the_right_expert_beats_the_wrong_ones(evidence):
 
 def test_clusters_beat_random_groups(evidence):
     assert effect(evidence[1], "moce", "random-clusters")["low"] > 0
-
-
-def test_the_planted_conflict_is_learned_alone_and_not_in_the_mixture(evidence):
-    """At equal steps. At equal images nothing is asserted: see the recipe."""
-    gratings = next(task for task in evidence[0]["tasks"] if task["task"] == "gratings")
-    assert gratings["gap_own"]["low"] > 0
 
 
 def test_routing_follows_clusters_where_tokens_follow_pixels(evidence):

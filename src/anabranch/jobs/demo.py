@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from anabranch import __version__
-from anabranch.data.patchwork import DOMAINS
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.customize import customize
@@ -20,8 +19,9 @@ from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
 ARMS = ("random-init", "continued", "moce", "random-clusters", "token-moe", "separate", "oracle")
-BATCH_SIZE = 60
-"""Divides evenly among five experts or five domains."""
+DOMAINS = ("garments", "animals", "digits", "textures")
+BATCH_SIZE = 64
+NUM_EXPERTS, NUM_CLUSTERS = 4, 12
 
 
 def demo(flags: DemoFlags) -> Path:
@@ -40,8 +40,9 @@ def demo(flags: DemoFlags) -> Path:
     )
     print(f"1/3  one model a domain and one for all: {flags.seeds} seeds of {len(DOMAINS) + 1} models", flush=True)
     transfer = measure(settings)
+    budget = ArmSettings(steps=flags.steps, batch_size=BATCH_SIZE, num_experts=NUM_EXPERTS, num_clusters=NUM_CLUSTERS)
     print("2/3  experts, and the arms they are compared with", flush=True)
-    result = compare(settings, ArmSettings(steps=flags.steps), [(name, "ffn") for name in ARMS])
+    result = compare(settings, budget, [(name, "ffn") for name in ARMS])
     print("3/3  an ordinary checkpoint for each task", flush=True)
     for spec in settings.tasks:
         out = flags.out / "customized" / spec.partition(":")[2]
