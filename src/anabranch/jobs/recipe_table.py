@@ -102,6 +102,9 @@ def matrix(transfer: dict[str, Any]) -> str:
 
 def learning_curves(transfer: dict[str, Any]) -> str:
     shown = {name: curve for name, curve in transfer["curves"].items() if not name.startswith("without-")}
-    steps = next(iter(shown.values()))["steps"]
-    rows = [[name, *(f"{point['mean']:.1f}" for point in curve["accuracy"])] for name, curve in shown.items()]
+    steps = shown["all"]["steps"]  # the only curve that begins before anything was learned
+    rows = []
+    for name, curve in shown.items():
+        at = {step: f"{point['mean']:.1f}" for step, point in zip(curve["steps"], curve["accuracy"], strict=True)}
+        rows.append([name, *(at.get(step, "") for step in steps)])
     return table(["learned from", *map(str, steps)], rows)
