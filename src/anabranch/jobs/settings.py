@@ -150,7 +150,7 @@ class DemoFlags:
     """The folder to write."""
     seeds: int = 3
     """Repetitions."""
-    steps: int = 1500
+    steps: int = 1000
     """Optimiser steps of a model; the stage with experts gets as many again."""
     resume: bool = False
     """Go on with a demo that was stopped."""
