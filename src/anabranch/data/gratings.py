@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noisy gratings: a generated domain whose low-level statistics differ from those of pictures, a planted conflict.
+"""Noisy gratings: a generated domain whose low-level statistics differ from those of pictures.
 
 Equation  : x(u, v) = 1/2 + a sin(2 pi f (u cos t + v sin t) / S + p) + n,   n ~ N(0, noise^2) at every pixel
 Classes   : 12 = 6 orientations t (0, 30, … 150 degrees) x 2 frequencies f (2 and 4 cycles an image).
