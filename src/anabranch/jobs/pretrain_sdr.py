@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A base, clusters of its features, a tree over the clusters, and a super-net with a sub-net for each of them.
+
+RUN/base-training, RUN/base     phase 0: one model of all images, which also finds the clusters
+RUN/phase-1, RUN/phase-2, …     checkpoints and metrics of the phases in which more and more stages are split
+RUN/model                       model.safetensors with all sub-nets, paths.json with their digits
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anabranch.allocate.clusters import tree
+from anabranch.allocate.clusters.record import Clustering
+from anabranch.data.images import Images
+from anabranch.errors import UsageError
+from anabranch.jobs.clusters import described, obtain_clusters
+from anabranch.jobs.learners import family_of, learner
+from anabranch.jobs.measure import write_json
+from anabranch.jobs.settings import PretrainSettings
+from anabranch.jobs.stages import (
+    base_rate,
+    finish,
+    learner_of,
+    open_pool,
+    open_run,
+    plain_stream,
+    publish,
+    say,
+    second_stage,
+    start_model,
+    train_stage,
+)
+from anabranch.models import resnet
+from anabranch.specialize.sdr import phases, supernet
+from anabranch.specialize.sdr.objective import Config as LearningConfig
+from anabranch.specialize.sdr.objective import SubnetLearning, grown
+from anabranch.specialize.sdr.phases import Phase
+from anabranch.specialize.sdr.schedule import Rounds
+from anabranch.specialize.sdr.supernet import SuperNet
+from anabranch.train.processes import launched
+from anabranch.train.signals import StopFlag
+
+PATHS = "paths.json"
+FEW_IMAGES, TOO_FEW_IMAGES = 40, 4
+"""Images of a cluster below which a sub-net will hardly learn, and cannot learn."""
+COLLAPSED = 0.1
+"""Of the spread that healthy embeddings have."""
+
+
+def pretrain(settings: PretrainSettings) -> dict[str, Any]:
+    images = open_pool(settings)
+    count = num_paths(settings, len(images))
+    check_processes(settings)
+    with StopFlag() as stop, open_run(settings, images) as run:
+        plain = obtain_plain(settings, images, run)
+        stop.check("stopped before clustering")
+        clusters = obtain_clusters(settings, plain.model, images, run, count)
+        planned = plan(settings, plain.model, clusters)
+        schedules = schedule(settings, planned)
+        learned, stages = learn(settings, plain, images, clusters, planned, schedules, run)
+        publish(run / "model", lambda folder: save_subnets(folder, learned.net, planned[-1]))
+        summary = describe(settings, learned.net, clusters, planned, schedules, stages)
+        finish(run, settings, images, summary)
+    return summary
+
+
+def num_paths(settings: PretrainSettings, num_images: int) -> int:
+    """Clusters, one for every sub-net."""
+    most = settings.groups**settings.split_stages
+    enough = max(num_images // FEW_IMAGES, 2)
+    count = min(most, enough) if settings.clusters == "auto" else int(settings.clusters)
+    if count > most:
+        raise UsageError(
+            f"there are fewer paths than clusters: {settings.groups} groups in {settings.split_stages} stages",
+            expected=f"at most {most} clusters",
+            received=count,
+            hint="more groups or split_stages, or --clusters auto",
+        )
+    if count < 2:
+        raise UsageError("one sub-net is no choice", expected="at least 2 clusters", received=count)
+    if num_images < TOO_FEW_IMAGES * count:
+        raise UsageError(
+            f"{num_images} images cannot feed {count} sub-nets",
+            expected=f"at least {TOO_FEW_IMAGES} images for each",
+            received=f"{num_images / count:.1f}",
+            hint=f"with {FEW_IMAGES} images each: --clusters {enough}",
+        )
+    if num_images < FEW_IMAGES * count:
+        say(f"warning: {num_images} images are few for {count} sub-nets; with {FEW_IMAGES} each: --clusters {enough}")
+    return count
+
+
+def check_processes(settings: PretrainSettings) -> None:
+    if settings.paths_a_step % launched():
+        raise UsageError(
+            "each process trains sub-nets of its own",
+            expected=f"paths_a_step to be a multiple of {launched()} processes",
+            received=settings.paths_a_step,
+            hint=f"--set paths_a_step={launched()}",
+        )
+
+
+def base_steps(settings: PretrainSettings) -> int:
+    """Steps of phase 0: a share of all, none where the base is given."""
+    return 0 if settings.base is not None else max(round(settings.base_share * settings.steps), 1)
+
+
+def obtain_plain(settings: PretrainSettings, images: Images, run: Path) -> nn.Module:
+    """Phase 0, trained now or before, with its heads; only a base that was given gets new ones."""
+    model = start_model(settings, images, run)
+    plain: nn.Module = learner(learner_of(settings)).objective(model, seed=settings.seed)
+    if settings.base is None:
+        say(f"phase 0: one model of all images ({settings.ssl})")
+        stream = plain_stream(settings, images, model, settings.seed)
+        train_stage(settings, plain, stream, base_steps(settings), run / "base-training", base_rate(settings))
+        if not (run / "base").exists():
+            publish(run / "base", lambda folder: model.eval().save_pretrained(folder))
+    return plain.eval()
+
+
+def plan(settings: PretrainSettings, model: nn.Module, clusters: Clustering) -> list[Phase]:
+    """What is split when, and which clusters each path learns from."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    stages = len(model.config.depths)
+    if settings.split_stages > stages:
+        raise UsageError("there are fewer stages to split", expected=f"at most {stages}", received=settings.split_stages)
+    digits = tree.grow(clusters.centroids, clusters.sizes, settings.groups, settings.split_stages, generator)
+    if settings.paths == "random":
+        digits = tree.shuffled(digits, generator)
+    steps = settings.steps - base_steps(settings)
+    return phases.plan(digits, stages, steps, progressive=settings.progressive)
+
+
+def schedule(settings: PretrainSettings, planned: Sequence[Phase]) -> list[Rounds]:
+    try:
+        return [phases.rounds(p, settings.paths_a_step, settings.anchor_share, settings.seed) for p in planned]
+    except ValueError as error:
+        raise UsageError(str(error), hint="--set paths_a_step=1, or another anchor_share") from None
+
+
+def learn(
+    settings: PretrainSettings,
+    plain: nn.Module,
+    images: Images,
+    clusters: Clustering,
+    planned: Sequence[Phase],
+    schedules: Sequence[Rounds],
+    run: Path,
+) -> tuple[SubnetLearning, list[dict[str, Any]]]:
+    """All phases after phase 0; those that are finished are read back."""
+    learned, stages = unsplit(settings, plain, images), []
+    for number, (phase, rounds) in enumerate(zip(planned, schedules, strict=True), 1):
+        say(f"phase {number}: {len(phase.paths)} sub-nets, {phase.num_split} stages split, {phase.steps} steps")
+        learned = grown(learned, phase.paths, phase.num_split, phase.steps)
+        stream = phases.batches(phase, rounds, clusters.labels, settings.batch_size, views(settings, images, plain))
+        stages.append(
+            train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", base_rate(settings))
+        )
+    return learned, stages
+
+
+def unsplit(settings: PretrainSettings, plain: nn.Module, images: Images) -> SubnetLearning:
+    """The super-net before any split, on the base; without progress on fresh weights."""
+    model, heads = plain.model, plain
+    if not settings.progressive:
+        model = family_of(learner_of(settings)).fresh(plain.model.config, second_stage(settings) % 2**31)
+        heads = learner(learner_of(settings)).objective(model, seed=second_stage(settings) % 2**31)
+    given = {"groups": settings.groups, "split_ratio": settings.split_ratio, "teacher": settings.teacher}
+    config = LearningConfig(
+        ssl=settings.ssl, kd_coef=settings.kd_coef, kd_schedule=settings.kd_schedule, kd_view=settings.kd_view
+    )
+    net = supernet.supernet(model, supernet.Config(**given))  # type: ignore[arg-type]
+    return SubnetLearning(net, heads.projector, heads.predictor, config, total_steps=1)
+
+
+def views(settings: PretrainSettings, images: Images, plain: nn.Module) -> Any:
+    """Indices -> the stream of their views."""
+
+    def make(indices: Any) -> Any:
+        made = learner(learner_of(settings))
+        return made.stream(images, plain.model, indices, seed=second_stage(settings), augment=settings.augment)
+
+    return make
+
+
+def save_subnets(folder: Path, net: SuperNet, phase: Phase) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    facts = {
+        "config": asdict(net.config),
+        "num_split": net.num_split,
+        "paths": [list(path) for path in net.paths],
+        "of_cluster": phase.of_cluster.tolist(),
+    }
+    write_json(folder / PATHS, facts)
+
+
+def load_subnets(run: Path) -> tuple[SuperNet, Tensor]:
+    """The super-net of a finished run, and the path (K,) that learned from each cluster."""
+    file = run / "model" / PATHS
+    if not file.is_file():
+        raise UsageError(f"{run} holds no finished sub-nets", hint="pretrain --method sdr, or --resume it")
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    net = supernet.supernet(resnet.load(run / "base"), supernet.Config(**facts["config"]))
+    net = supernet.grow(net, [tuple(path) for path in facts["paths"]], facts["num_split"])
+    net.load_state_dict(load_file(run / "model" / "model.safetensors"))
+    return net.eval(), torch.tensor(facts["of_cluster"])
+
+
+def describe(
+    settings: PretrainSettings,
+    net: SuperNet,
+    clusters: Clustering,
+    planned: Sequence[Phase],
+    schedules: Sequence[Rounds],
+    stages: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """What summary.json says about the sub-nets and what they cost."""
+    spent = phases.account(base_steps(settings), planned, schedules, settings.batch_size)
+    plain = sum(p.numel() for p in net.extract(0).parameters())
+    return {
+        **described(clusters),
+        "steps": spent.total_steps,
+        "images_seen": spent.images_seen,
+        "untouched": [name for stage in stages for name in stage["untouched"]],
+        "paths": [list(path) for path in net.paths],
+        "path_of_cluster": planned[-1].of_cluster.tolist(),
+        "phases": [{"paths": len(p.paths), "num_split": p.num_split, "steps": p.steps} for p in planned],
+        "account": asdict(spent),
+        "parameters": {"all": sum(p.numel() for p in net.parameters()), "one_path": plain},
+    }

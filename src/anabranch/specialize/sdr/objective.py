@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SiamKD: sub-nets learn from their own clusters, and from what the model of all images makes of the other view.
+
+Paper     : SDR, Liu et al., AAAI 2022 (arXiv 2205.13267); the equation of its distillation could not be read.
+Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_k; W_k, W_0),  the shared model's own
+            turns without L_kd;  L_kd = 1/2 D(p1_k, z2_0) + 1/2 D(p2_k, z1_0),  D(p, z) = -cos(p, stopgrad z),
+            z_0 from W_0 with its running statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
+Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
+Differs   : L_kd and its schedule are ours. The shared model has turns of its own in a fixed share of the steps, instead
+            of a coin toss. Heads are common to all paths, their running statistics are not.
+Check     : the teacher gets no gradient and is not asked at beta = 0; two processes equal one
+            (tests/specialize/sdr/test_objective.py).
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from anabranch.specialize.sdr.channels import SHARED, SplitBatchNorm
+from anabranch.specialize.sdr.supernet import SuperNet, grow, norms_by_path, parent_rows
+from anabranch.specialize.simsiam import negative_cosine, spread, views_in
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    ssl: Literal["simsiam", "byol"] = "simsiam"
+    kd_coef: float = 1.0
+    """beta; 0 asks no teacher."""
+    kd_schedule: Literal["constant", "anneal"] = "anneal"
+    kd_view: Literal["cross", "same"] = "cross"
+    """Which view's embedding the sub-net predicts; the same one lets it copy the teacher."""
+    target_momentum: float = 0.996
+    """tau of BYOL's target at the start of a phase; 1 at its end."""
+
+    def __post_init__(self):
+        if self.kd_coef < 0:
+            raise ValueError(f"kd_coef: expected at least 0, received {self.kd_coef}")
+        if not 0 <= self.target_momentum <= 1:
+            raise ValueError(f"target_momentum: expected 0..1, received {self.target_momentum}")
+
+
+def simsiam_loss(predictions: Pair, targets: Pair) -> Tensor:
+    """1/2 D(p1, z2) + 1/2 D(p2, z1)."""
+    return (negative_cosine(predictions[0], targets[1]) + negative_cosine(predictions[1], targets[0])) / 2
+
+
+def byol_loss(predictions: Pair, targets: Pair) -> Tensor:
+    """(2 - 2 cos(p1, z2')) + (2 - 2 cos(p2, z1'))."""
+    return 4 + 4 * simsiam_loss(predictions, targets)
+
+
+def distillation(predictions: Pair, taught: Pair, view: str) -> Tensor:
+    """1/2 D(p1, z2_0) + 1/2 D(p2, z1_0), or the same views."""
+    return simsiam_loss(predictions, taught if view == "cross" else (taught[1], taught[0]))
+
+
+def kd_weight(config: Config, progress: float) -> float:
+    """beta at this share of a phase."""
+    return config.kd_coef * (1 - progress / 2 if config.kd_schedule == "anneal" else 1)
+
+
+def momentum(config: Config, progress: float) -> float:
+    """tau = 1 - (1 - tau_0) (cos(pi progress) + 1) / 2."""
+    return 1 - (1 - config.target_momentum) * (math.cos(math.pi * progress) + 1) / 2
+
+
+class SubnetLearning(nn.Module):
+    """Objective of one phase: batch of `PathBatches` -> {"loss", "siamese", "distill", "spread"}."""
+
+    def __init__(self, net: SuperNet, projector: nn.Module, predictor: nn.Module, config: Config, total_steps: int):
+        """Heads are plain ones, or those of the phase before as `grown` hands them over."""
+        super().__init__()
+        self.net, self.config, self.total_steps = net, config, total_steps
+        rows = range(len(net.paths))
+        self.projector = _own_norms(projector, rows, net)
+        self.predictor = _own_norms(predictor, rows, net)
+        self.target = nn.ModuleList()
+        if config.ssl == "byol":
+            self.target = copy.deepcopy(nn.ModuleList([self.net, self.projector])).requires_grad_(False)
+
+    def follows(self) -> list[str]:
+        """Names, as patterns, of tensors that change without a gradient."""
+        kinds = ("running_mean", "running_var", "shared_mean", "shared_var")
+        return ["target.*", *(f"*.{kind}" for kind in kinds)]
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        progress = int(batch["step"][0]) / self.total_steps
+        if self.training:
+            self.follow(set(batch["turns"][0].tolist()), momentum(self.config, progress))
+        views = views_in(batch, self.training)
+        terms: dict[str, list[Tensor]] = {"siamese": [], "distill": [], "spread": []}
+        mine = []
+        for rows, row in turns(batch["path"], batch["turns"].shape[1]):
+            mine.append(row)
+            self.learn(row, (views[0][rows], views[1][rows]), kd_weight(self.config, progress), terms)
+        if self.training:
+            self.share_statistics(mine)
+        siamese, distill = (torch.stack(terms[name]).mean() for name in ("siamese", "distill"))
+        return {
+            "loss": siamese + distill,
+            "siamese": siamese,
+            "distill": distill,
+            "spread": torch.stack(terms["spread"]).amin(),
+        }
+
+    def learn(self, row: int, views: Pair, beta: float, terms: dict[str, list[Tensor]]) -> None:
+        """The losses of one turn, added to `terms`."""
+        embedded = self.embed(row, views)
+        predictions = self.predictor(embedded[0]), self.predictor(embedded[1])
+        if self.config.ssl == "byol":
+            loss = byol_loss(predictions, self.followed(row, views))
+        else:
+            loss = simsiam_loss(predictions, embedded)
+        terms["siamese"].append(loss)
+        distill = loss.new_zeros(())
+        if row != SHARED and beta > 0:
+            distill = beta * distillation(predictions, self.taught(views), self.config.kd_view)
+        terms["distill"].append(distill)
+        terms["spread"].append(spread(embedded[0].detach()))
+
+    def embed(self, row: int, views: Pair, *, frozen: bool = False) -> Pair:
+        """z of both views on one path; the path stays active for the predictor."""
+        self.net.activate(row, frozen=frozen)
+        return self.projector(self.net(views[0])), self.projector(self.net(views[1]))
+
+    @torch.no_grad()
+    def taught(self, views: Pair) -> Pair:
+        """z_0 of both views from the shared model, with running statistics that stay as they are."""
+        return self.embed(SHARED, views, frozen=True)
+
+    # BYOL's target -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def followed(self, row: int, views: Pair) -> Pair:
+        """z' of both views from the target's own path."""
+        net, projector = self.target
+        net.activate(row)
+        return projector(net(views[0])), projector(net(views[1]))
+
+    @torch.no_grad()
+    def follow(self, rows: set[int], tau: float) -> None:
+        """xi <- tau xi + (1 - tau) theta, for weights on the step's paths alone, before they are asked."""
+        if not len(self.target):
+            return
+        wanted = set().union(*(self.net.parameters_of(row) for row in rows))
+        followers = dict(self.target[0].named_parameters())
+        for name, parameter in self.net.named_parameters():
+            if name in wanted:
+                followers[name].lerp_(parameter, 1 - tau)
+        for follower, parameter in zip(self.target[1].parameters(), self.projector.parameters(), strict=True):
+            follower.lerp_(parameter, 1 - tau)
+
+    # Several processes ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def share_statistics(self, mine: Sequence[int]) -> None:
+        """Every process gets the running statistics that the others have just changed: a path learns in one of them."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return
+        own = torch.cat([buffer.flatten() for row in mine for buffer in self.statistics(row)])
+        rows = torch.tensor(mine, device=own.device)
+        everyones_rows = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(everyones_rows, rows)
+        sizes = [sum(b.numel() for row in found.tolist() for b in self.statistics(row)) for found in everyones_rows]
+        everyones = own.new_zeros(len(sizes), max(sizes))
+        padded = torch.cat([own, own.new_zeros(max(sizes) - len(own))])
+        distributed.all_gather_into_tensor(everyones.view(-1), padded)
+        for found, values in zip(everyones_rows, everyones, strict=True):
+            start = 0
+            for buffer in [b for row in found.tolist() for b in self.statistics(row)]:
+                buffer.copy_(values[start : start + buffer.numel()])
+                start += buffer.numel()
+
+    def statistics(self, row: int) -> Iterator[Tensor]:
+        """Views of all running statistics of a path."""
+        for part in (self.net, self.projector, self.predictor):
+            for module in part.modules():
+                if isinstance(module, SplitBatchNorm):
+                    yield from module.statistics(row)
+
+
+def turns(path: Tensor, num_turns: int) -> Iterator[tuple[slice, int]]:
+    """(rows, path) of each turn among these rows of the batch: all of the step's, or those of one process."""
+    changes = (path[1:] != path[:-1]).nonzero()[:, 0] + 1
+    bounds = [0, *changes.tolist(), len(path)]
+    if len(bounds) - 1 > num_turns:
+        raise ValueError(f"path: expected at most {num_turns} contiguous turns, received {len(bounds) - 1}")
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        yield slice(start, end), int(path[start])
+
+
+def grown(before: SubnetLearning, paths: Sequence[tuple[int, ...]], num_split: int, total_steps: int) -> SubnetLearning:
+    """The objective of the next phase: the net split further, heads with statistics for the new paths."""
+    net = grow(before.net, paths, num_split)
+    rows = parent_rows(before.net, paths)
+    heads = [norms_by_path(head, rows, net.active) for head in (before.projector, before.predictor)]
+    return SubnetLearning(net, *heads, before.config, total_steps)
+
+
+def _own_norms(head: nn.Module, rows: Sequence[int], net: SuperNet) -> nn.Module:
+    """The head as it is where its norms already follow this net, else a copy whose norms do."""
+    norms = [module for module in head.modules() if isinstance(module, SplitBatchNorm)]
+    return head if norms and norms[0].active is net.active else norms_by_path(head, rows, net.active)
