@@ -49,7 +49,7 @@ def customize(settings: CustomizeSettings) -> dict[str, Any]:
         model = load_experts(settings.run, base, clusters)
         dense, said = choose_and_extract(settings, base, model, clusters, task)
     said["warnings"] += foreign_pixels(summary, task)
-    vit = vit_mae.to_vit(dense)
+    vit = vit_mae.to_plain(dense)
     said |= {
         "task": task.name,
         "task_images": len(task),
