@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 from anabranch import cli
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import open_images
-from anabranch.jobs.pretrain import load_experts
+from anabranch.jobs.pretrain_experts import load_experts
 from anabranch.mixture.context import Context, route
 from anabranch.models import vit_mae
 

@@ -59,7 +59,7 @@ def test_decoder_knows_where_a_patch_is(model):
 
 def test_plain_vit_gives_the_same_tokens(model, images):
     with torch.no_grad():
-        assert torch.equal(vit_mae.to_vit(model)(images).last_hidden_state, vit_mae.encode(model, images))
+        assert torch.equal(vit_mae.to_plain(model)(images).last_hidden_state, vit_mae.encode(model, images))
 
 
 def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator():
@@ -106,7 +106,7 @@ def test_loading_round_trip_and_wrong_folders(model, tmp_path, images):
     with torch.no_grad():
         assert torch.equal(vit_mae.encode(again, images), vit_mae.encode(model, images))
     assert again.config.norm_pix_eps == 1e-3
-    vit_mae.to_vit(model).save_pretrained(tmp_path / "vit")
+    vit_mae.to_plain(model).save_pretrained(tmp_path / "vit")
     with pytest.raises(UsageError, match="holds a vit model"):
         vit_mae.load(tmp_path / "vit")
     with pytest.raises(UsageError, match="no such folder"):

@@ -87,7 +87,7 @@ def test_extraction_is_routing_after_training(base, centroids, batch, scope, gat
         if gate_scale == "straight_through":
             assert torch.equal(plain, routed)
         assert list(dense.state_dict()) == list(base.state_dict())
-        assert vit_mae.to_vit(dense).num_parameters() == vit_mae.to_vit(base).num_parameters()
+        assert vit_mae.to_plain(dense).num_parameters() == vit_mae.to_plain(base).num_parameters()
 
 
 def test_a_gate_value_does_not_fold_into_whole_blocks(base, centroids):

@@ -29,10 +29,12 @@ from anabranch.allocate.clusters.groups import group_clusters
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
+from anabranch.jobs.clusters import fingerprint
 from anabranch.jobs.corpus import at_most, mixture
 from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import PRIMARY, Corpus, probe_tasks, shared_model, thinned, write_json
-from anabranch.jobs.pretrain import fingerprint, pixel_statistics, save_experts
+from anabranch.jobs.pretrain_experts import save_experts
+from anabranch.jobs.stages import pixel_statistics
 from anabranch.measure.probes import PROBES
 from anabranch.measure.semantics import pixel_routing, routing_semantics
 from anabranch.mixture.context import Context, route

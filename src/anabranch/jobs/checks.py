@@ -15,21 +15,46 @@ GATE_ONLY = (
     *("aux_loss_coef", "balance", "entropy_coef", "gate_scale"),
     *("temperature", "noise_std", "cluster_embedding"),
 )
-BUILD_ONLY = ("preset", "image_size", "channels", "base_steps", "learning_rate")
+BUILD_ONLY = ("preset", "image_size", "channels", "base_steps")
+EXPERTS_ONLY = (
+    *("experts", "expert_scope", "expert_layers", "expert_learning_rate", "assignment", "init_noise", "distill_coef"),
+    *GATE_ONLY,
+)
+CLUSTERS_ONLY = ("clusters", "clusterer", "mixed_target", "capacity_factor", "min_rank", "fit_images")
+SDR_ONLY = (
+    *("groups", "split_stages", "split_ratio", "ssl", "paths", "teacher", "kd_coef", "kd_schedule", "kd_view"),
+    *("anchor_share", "paths_a_step", "base_share", "progressive"),
+)
+SHARES = ("split_ratio", "anchor_share", "base_share")
+AUTOENCODERS = ("moce", "token-moe", "mae")
+"""mae is the control of the other two, and takes their command line as it is."""
 
 
 def check_settings(settings: PretrainSettings) -> None:
     """Everything that can be wrong is said before anything is trained."""
     check_names(settings.images, "images", 1)
     check_positive(settings, "experts", "steps", "base_steps", "batch_size", "save_every", "min_rank", "fit_images")
+    check_positive(settings, "groups", "split_stages", "paths_a_step")
+    for name in SHARES:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise UsageError(f"{name} is no share", expected="from 0 to 1", received=getattr(settings, name))
+    if settings.kd_coef < 0:
+        raise UsageError("kd_coef is negative", expected="0 or more", received=settings.kd_coef)
+    if settings.clusters != "auto" and not settings.clusters.isdigit():
+        raise UsageError("--clusters is no number", expected="a number, or auto", received=settings.clusters)
+    if settings.method in AUTOENCODERS:
+        check_experts(settings)
+    refuse_ignored(settings)
+
+
+def check_experts(settings: PretrainSettings) -> None:
+    """What can be wrong with experts of a masked autoencoder."""
     try:
         config = expert_config(settings)
         if settings.method != "mae" and settings.base is None:
             moce.check_layers(config, vit_mae.depth_of(settings.preset))
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if settings.clusters != "auto" and not settings.clusters.isdigit():
-        raise UsageError("--clusters is no number", expected="a number, or auto", received=settings.clusters)
     if settings.method == "token-moe" and settings.expert_scope != "ffn":
         raise UsageError(
             "token-moe routes single tokens, which share their blocks",
@@ -49,21 +74,35 @@ def check_settings(settings: PretrainSettings) -> None:
             received=settings.batch_size,
             hint=f"--set batch_size={settings.experts * max(settings.batch_size // settings.experts, 1)}",
         )
-    refuse_ignored(settings)
 
 
 def refuse_ignored(settings: PretrainSettings) -> None:
     """A setting that would do nothing is refused: silence would be taken for an effect."""
-    ignored = []
-    if settings.method == "moce" and settings.assignment == "fixed":
-        ignored += [(name, "assignment=fixed has no gate", "--set assignment=gate") for name in GATE_ONLY]
-    if settings.base is not None:
-        ignored += [(name, "the base is given", "leave --base out") for name in BUILD_ONLY]
-    if settings.expert_scope == "encoder":
-        ignored += [("expert_layers", "the scope is the whole encoder", "--expert-scope blocks")]
-    for name, why, hint in ignored:
+    for name, why, hint in ignored(settings):
         if getattr(settings, name) != getattr(PretrainSettings, name):
             raise UsageError(f"{name} would change nothing: {why}", received=getattr(settings, name), hint=hint)
+
+
+def ignored(settings: PretrainSettings) -> list[tuple[str, str, str]]:
+    """(setting, why it does nothing here, what to try) under the other settings."""
+    method = settings.method
+    found = []
+    if method in AUTOENCODERS:
+        found += [(name, f"{method} has no sub-nets", "--method sdr") for name in SDR_ONLY]
+    else:
+        found += [(name, f"{method} has no experts", "--method moce") for name in EXPERTS_ONLY]
+        found += [("base_steps", f"{method} counts all its training in steps", "--steps")]
+    if method in ("simsiam", "byol"):
+        found += [(name, f"{method} has no sub-nets", "--method sdr") for name in SDR_ONLY]
+        found += [(name, f"{method} does not divide the images", "--method sdr") for name in CLUSTERS_ONLY]
+    if method == "moce" and settings.assignment == "fixed":
+        found += [(name, "assignment=fixed has no gate", "--set assignment=gate") for name in GATE_ONLY]
+    if settings.base is not None:
+        built = [*BUILD_ONLY, "learning_rate"] if method in AUTOENCODERS else BUILD_ONLY
+        found += [(name, "the base is given", "leave --base out") for name in built]
+    if settings.expert_scope == "encoder":
+        found += [("expert_layers", "the scope is the whole encoder", "--expert-scope blocks")]
+    return found
 
 
 def check_summary(summary: dict[str, Any]) -> None:

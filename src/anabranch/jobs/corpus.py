@@ -13,7 +13,7 @@ import torch
 from anabranch.data.images import Images, concat, open_images
 from anabranch.errors import UsageError
 from anabranch.measure import probes
-from anabranch.models.vit_mae import patch_size_for
+from anabranch.models.bridge import bridge
 
 TEST_SHARE = 0.5
 
@@ -81,9 +81,18 @@ def digest(images: Images, sample: int = 500) -> str:
 
 
 def open_together(
-    specs: Sequence[str], labelled: Sequence[bool], image_size: int | None, channels: int | None, preset: str | None
+    specs: Sequence[str],
+    labelled: Sequence[bool],
+    image_size: int | None,
+    channels: int | None,
+    preset: str | None,
+    family: str = "vit_mae",
 ) -> list[Images]:
-    """All folders at one size and with one number of channels: the largest found, unless they are given."""
+    """All folders at one size and with one number of channels: the largest found, unless they are given.
+
+    Raises:
+        UsageError: a folder cannot be read, or `preset` of the model family cannot take images of this size.
+    """
     opened = [
         open_images(spec, image_size=image_size, channels=channels, labelled=with_labels)
         for spec, with_labels in zip(specs, labelled, strict=True)
@@ -91,7 +100,7 @@ def open_together(
     size = image_size or max(images.image_size for images in opened)
     depth = channels or max(images.channels for images in opened)
     if preset is not None:
-        patch_size_for(preset, size)
+        bridge(family).check_size(preset, size)
     return [
         replace(
             images

@@ -1,35 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For one task the ordinary checkpoint that serves it: choose a route, extract it, prove it, hand it over."""
+"""For one task the ordinary checkpoint that serves it: choose, extract, prove, hand over."""
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images, open_images
-from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.card import model_card
+from anabranch.errors import UsageError
+from anabranch.jobs.card import model_card, opened
 from anabranch.jobs.corpus import at_most, short_name, with_split
-from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import write_json
-from anabranch.jobs.pretrain import fingerprint, load_experts, pixel_statistics
 from anabranch.jobs.settings import CustomizeSettings
-from anabranch.measure.probes import ProbeConfig, probe
-from anabranch.mixture.context import Context, route
-from anabranch.models import vit_mae
-from anabranch.reuse.customize import Choice, along, choose, facts, histogram, path_votes
-from anabranch.reuse.extract import extract
-from anabranch.specialize.moce import routes
+from anabranch.jobs.stages import pixel_statistics
+from anabranch.models.bridge import bridge, open_model, read_config
 from anabranch.train.publish import publish_folder
 
-TOLERANCE = 1e-6
-"""Largest difference between the features of the extracted and the routed model, times their size where that is above
-one: only a folded gate value rounds."""
-PROOF_IMAGES = 64
+CHOICES = {"moce": "customize_experts", "sdr": "customize_sdr"}
+"""The module of this folder whose `choose_and_extract(settings, task, summary)` gives the task's dense model, and what
+is to be said about it (path, warnings; for the card origin and how, for the terminal chosen). Any other method is a
+plain model, the same for every task."""
 
 
 def customize(settings: CustomizeSettings) -> dict[str, Any]:
@@ -37,30 +30,36 @@ def customize(settings: CustomizeSettings) -> dict[str, Any]:
     if not settings.task:
         raise UsageError("no task was named", expected="--task DIR", hint="a folder of the task's images")
     summary = read_summary(settings.run)
-    plain = summary["method"] == "mae"
-    base = vit_mae.load(settings.run / ("model" if plain else "base"))
-    task = open_task(settings, base)
-    if plain:
-        dense = base
-        said: dict[str, Any] = {"method": "mae", "path": [], "warnings": []}
-    else:
-        clusters = Clustering.load(settings.run / "clusters")
-        check_encoder(clusters, base, settings.run)
-        model = load_experts(settings.run, base, clusters)
-        dense, said = choose_and_extract(settings, base, model, clusters, task)
+    task = open_task(settings, read_config(settings.run / ("base" if summary["method"] in CHOICES else "model")))
+    dense, said = chosen_model(settings, task, summary)
     said["warnings"] += foreign_pixels(summary, task)
-    vit = vit_mae.to_vit(dense)
+    family = bridge(dense)
+    plain = family.to_plain(dense)
     said |= {
         "task": task.name,
         "task_images": len(task),
         "unreadable_images": [bad.path for bad in task.quarantine],
         "run": str(settings.run),
-        "parameters": sum(p.numel() for p in vit.parameters()),
-        "macs": vit_mae.macs(dense),
+        "image_size": task.image_size,
+        "channels": task.channels,
+        "parameters": sum(p.numel() for p in plain.parameters()),
+        "macs": family.macs(dense),
     }
-    publish_folder(lambda folder: write_model(folder, vit, said), settings.out)
-    tell(said, settings.out)
+    processor = family.image_processor(task.image_size, task.channels)
+    publish_folder(lambda folder: write_model(folder, plain, processor, said), settings.out)
+    tell(said, settings.out, plain.config.model_type)
     return said
+
+
+def chosen_model(
+    settings: CustomizeSettings, task: Images, summary: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The dense model for the task, and what is to be said about it."""
+    if summary["method"] not in CHOICES:
+        return open_model(settings.run / "model"), {"method": summary["method"], "path": [], "warnings": []}
+    module = import_module(f"anabranch.jobs.{CHOICES[summary['method']]}")
+    dense, said = module.choose_and_extract(settings, task, summary)
+    return dense, said
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -82,11 +81,11 @@ def read_summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def open_task(settings: CustomizeSettings, base: nn.Module) -> Images:
+def open_task(settings: CustomizeSettings, config: dict[str, Any]) -> Images:
     """The training images of the task; with labels, where they are asked for, half of them to score routes on."""
     labelled = settings.select == "knn"
     task = open_images(
-        settings.task, image_size=base.config.image_size, channels=base.config.num_channels, labelled=labelled
+        settings.task, image_size=config["image_size"], channels=config["num_channels"], labelled=labelled
     )
     if labelled and task.is_test is not None:
         task = replace(task.take(~task.is_test), is_test=None)  # the task's own test images are never looked at
@@ -106,87 +105,19 @@ def foreign_pixels(summary: dict[str, Any], task: Images) -> list[str]:
     )
 
 
-def check_encoder(clusters: Clustering, base: nn.Module, run: Path) -> None:
-    if clusters.encoder_sha256 != fingerprint(base):
-        raise UsageError(
-            f"{run}/base is not the encoder that the clusters were found with",
-            expected=f"an encoder with the fingerprint {clusters.encoder_sha256}",
-            received=fingerprint(base),
-            hint="restore RUN/base as pretrain wrote it",
-        )
-
-
-def choose_and_extract(
-    settings: CustomizeSettings, base: nn.Module, model: nn.Module, clusters: Clustering, task: Images
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Images -> clusters of the *base* encoder -> votes -> the route's experts as a dense model."""
-    found = clusters.assign(embed(base, task))
-    table = routes(model)
-    if settings.select == "knn":
-        choice, tried = choose_by_labels(settings, base, model, table, found.labels, task)
-    else:
-        choice, tried = choose(found.labels, table, settings.select), None
-    if choice is None:
-        dense, said = base, {"path": [], "warnings": ["no route beats the plain base on the labels given"]}
-    else:
-        dense = extract(model, choice.cluster)
-        difference = proof(model, dense, choice.cluster, task)
-        said = facts(choice, found.distance, clusters.health["distance_p95"]) | {"largest_difference": difference}
-    return dense, {"method": "moce", "select": settings.select, "tried": tried, **said}
-
-
-def choose_by_labels(
-    settings: CustomizeSettings, base: nn.Module, model: nn.Module, table: Tensor, labels: Tensor, task: Images
-) -> tuple[Choice | None, list[dict[str, Any]]]:
-    """The best of the most voted routes, and of the base, by nearest neighbours on the task's own labels."""
-    counts = histogram(labels, table.shape[1])
-    choices = [along(path, counts, table) for path in list(path_votes(counts, table))[: settings.knn_routes]]
-    candidates: list[tuple[Choice | None, nn.Module]] = [(None, base)]
-    candidates += [(choice, extract(model, choice.cluster)) for choice in choices]
-    config = ProbeConfig(num_labels=settings.num_labels)
-    labels_N, is_test_N = task.labels.numpy(), task.is_test.numpy()
-    scores = [
-        probe(embed(dense, task).numpy(), labels_N, is_test_N, config, seed=0)["knn"].accuracy
-        for _, dense in candidates
-    ]
-    tried = [
-        {"path": None if choice is None else list(choice.path), "knn": score}
-        for (choice, _), score in zip(candidates, scores, strict=True)
-    ]
-    return candidates[max(range(len(scores)), key=scores.__getitem__)][0], tried
-
-
-@torch.no_grad()
-def proof(model: nn.Module, dense: nn.Module, cluster: int, images: Images) -> float:
-    """Largest difference between the tokens of the routed and of the extracted model; more than 1e-6 fails."""
-    few = images.take(torch.arange(min(PROOF_IMAGES, len(images))))
-    pixel_values = vit_mae.normalise(few.store.read(torch.arange(len(few))))
-    with route(model, Context(ids={"cluster": torch.full((len(few),), cluster)})):
-        routed = vit_mae.encode(model, pixel_values)
-    difference = float((routed - vit_mae.encode(dense, pixel_values)).abs().max())
-    allowed = TOLERANCE * max(1.0, float(routed.abs().max()))
-    if difference > allowed:
-        raise CheckFailed(
-            "the extracted model does not equal the routed one", expected=f"at most {allowed}", received=difference
-        )
-    return difference
-
-
-def write_model(folder: Path, vit: nn.Module, said: dict[str, Any]) -> None:
-    vit.save_pretrained(folder)
-    config = vit.config
-    processor = vit_mae.image_processor(config.image_size, config.num_channels)
+def write_model(folder: Path, plain: nn.Module, processor: dict[str, object], said: dict[str, Any]) -> None:
+    plain.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
     write_json(folder / "customize.json", said)
-    (folder / "README.md").write_text(model_card(said, config), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(said, plain.config), encoding="utf-8")
 
 
-def tell(said: dict[str, Any], out: Path) -> None:
-    if said.get("coverage") is not None:
-        print(f"{said['task']}: experts {said['path']}, taken by {said['coverage']:.0%} of its images")
+def tell(said: dict[str, Any], out: Path, model_type: str) -> None:
+    if said.get("chosen"):
+        print(f"{said['task']}: {said['chosen']}")
     if said["unreadable_images"]:
         print(f"{len(said['unreadable_images'])} unreadable images are listed in customize.json")
     for warning in said["warnings"]:
         print(f"warning: {warning}")
     print(f"model  {out}   ({said['parameters']:,} parameters, {said['macs']:,} multiply-accumulates an image)")
-    print(f'       transformers.AutoModel.from_pretrained("{out}", add_pooling_layer=False)')
+    print(f"       transformers.{opened(model_type, str(out))}")

@@ -5,18 +5,18 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.data.images import Images
-from anabranch.models.vit_mae import encode, normalise, pooled
+from anabranch.models.bridge import bridge
 
 CHUNK = 500
 
 
 @torch.no_grad()
 def embed(model: nn.Module, images: Images) -> Tensor:
-    """(N, D) float32: mean of the patch tokens of the unmasked image."""
-    was_training = model.training
+    """(N, D) float32: what the model's bridge calls its features."""
+    was_training, family = model.training, bridge(model)
     model.eval()
     device = next(model.parameters()).device
     rows = torch.arange(len(images)).split(CHUNK)
-    features = [pooled(encode(model, normalise(images.store.read(chunk).to(device)))).cpu() for chunk in rows]
+    features = [family.features(model, family.normalise(images.store.read(chunk).to(device))).cpu() for chunk in rows]
     model.train(was_training)
     return torch.cat(features)

@@ -31,23 +31,21 @@ from anabranch.jobs.corpus import (
     with_split,
 )
 from anabranch.jobs.embed import embed
+from anabranch.jobs.inside import look_inside
+from anabranch.jobs.learners import family_of, learner, learning_rate
 from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.settings import MeasureSettings
-from anabranch.measure.conflict import gradient_conflict
 from anabranch.measure.intervals import interval
 from anabranch.measure.probes import PROBES, ProbeConfig, check_task, probe
-from anabranch.measure.relatedness import agreement, relatedness
+from anabranch.measure.relatedness import agreement
 from anabranch.measure.transfer import SHARED, TransferScores, summarise
-from anabranch.models import vit_mae
-from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.publish import replace_folder
 from anabranch.train.run_folder import RunFolder, differing_keys
 from anabranch.train.signals import StopFlag
 
 PRIMARY = "linear"
-CONFLICT_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,12 @@ def open_corpus(settings: MeasureSettings) -> Corpus:
     specs = [*settings.sources, *settings.tasks]
     both = [any(is_same(spec, task) for task in settings.tasks) for spec in settings.sources]
     opened = open_together(
-        specs, both + [True] * len(task_names), settings.image_size, settings.channels, settings.preset
+        specs,
+        both + [True] * len(task_names),
+        settings.image_size,
+        settings.channels,
+        settings.preset,
+        learner(settings.objective).FAMILY,
     )
     # a folder that is source and task gives its training half only, or the test images would be learned from
     sources = [
@@ -205,9 +208,11 @@ def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) ->
     if cell.images_a_source is not None:
         pools = [at_most(pool, cell.images_a_source, cell.seed) for pool in pools]
     pool = mixture(pools)
-    model = vit_mae.build(settings.preset, image_size=pool.image_size, channels=pool.channels, seed=cell.seed)
+    taught, family = learner(settings.objective), family_of(settings.objective)
+    model = family.build(settings.preset, image_size=pool.image_size, channels=pool.channels, seed=cell.seed)
     indices = ShuffledIndices(len(pool), cell.batch_size, cell.seed)
-    stream = masked_images(pool, model, indices, seed=cell.seed, augment=settings.augment)
+    stream = taught.stream(pool, model, indices, seed=cell.seed, augment=settings.augment)
+    objective = taught.objective(model, seed=cell.seed)
     points = {round(cell.steps * (i + 1) / settings.probe_points) for i in range(settings.probe_points)}
     scores: dict[int, dict[str, Any]] = {}
     if cell.model == SHARED:  # the floor: before anything was learned
@@ -218,7 +223,7 @@ def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) ->
             scores[step] = probe_tasks(model, corpus.tasks, settings, cell.seed)
 
     config = train_config(settings, cell)
-    trained = train(MaskedAutoencoding(model), stream, config, on_step=on_step)
+    trained = train(objective, stream, config, on_step=on_step)
     result = {
         "model": cell.model,
         "seed": cell.seed,
@@ -230,7 +235,7 @@ def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) ->
         "seconds": time.perf_counter() - started,
     }
     if cell.model == SHARED:
-        result |= look_inside(model, corpus, cell.seed)
+        result |= look_inside(settings, objective, corpus.sources, corpus.tasks, cell.seed)
         replace_folder(model.eval().save_pretrained, shared_model(run, cell.seed))
     return result
 
@@ -239,7 +244,7 @@ def train_config(settings: MeasureSettings, cell: Cell) -> TrainConfig:
     return TrainConfig(
         steps=cell.steps,
         batch_size=cell.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=learning_rate(settings.objective, settings.learning_rate),
         warmup_steps=min(settings.warmup_steps, cell.steps // 2),
         seed=cell.seed,
     )
@@ -264,31 +269,6 @@ def probe_tasks(
             ).items()
         }
         for task in tasks
-    }
-
-
-def look_inside(model: torch.nn.Module, corpus: Corpus, seed: int) -> dict[str, Any]:
-    """What only the shared model can tell: which source a task looks like, and whose gradients oppose whose."""
-    few = [at_most(images, 1000, seed) for images in (*corpus.sources, *corpus.tasks)]
-    features = [embed(model, images).numpy() for images in few]
-    count = len(corpus.sources)
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss_of(images: Images) -> Callable[[int], Tensor]:
-        order = torch.randperm(len(images), generator=generator)[: 2 * CONFLICT_IMAGES]
-        halves = order.chunk(2)
-        noise = torch.rand(len(order), vit_mae.num_patches(model), generator=generator).chunk(2)
-
-        def loss(half: int) -> Tensor:
-            pixel_values = vit_mae.normalise(images.store.read(halves[half]))
-            return vit_mae.masked_loss(model, pixel_values, noise[half]).loss
-
-        return loss
-
-    conflict = gradient_conflict(model, [loss_of(images) for images in corpus.sources])
-    return {
-        "relatedness": relatedness(features[count:], features[:count], seed=seed).tolist(),
-        "conflict": conflict.tolist(),
     }
 
 

@@ -14,7 +14,7 @@ from anabranch.data.images import Images
 from anabranch.errors import UsageError
 from anabranch.jobs.corpus import check_same_images, mixture, open_together
 from anabranch.jobs.embed import embed
-from anabranch.models import vit_mae
+from anabranch.models.bridge import open_model, read_config
 from anabranch.report.figures import ClusterSheet, cluster_sheets, curves
 from anabranch.report.page import Page, Section, Table, write
 from anabranch.train.metrics import read_metrics
@@ -26,7 +26,7 @@ def write_pretrain_page(run: Path, images: Images | None = None) -> Path:
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
     sections = [*expert_sections(summary), *training_sections(run)]
     if images is not None and (run / "clusters").is_dir():
-        base = vit_mae.load(run / "base")
+        base = open_model(run / "base")
         sections.insert(0, cluster_section(Clustering.load(run / "clusters"), images, embed(base, images)))
     warnings = summary.get("clusters", {}).get("health", {}).get("warnings", [])
     if warnings:
@@ -49,10 +49,10 @@ def reopened(run: Path) -> Images | None:
     file = run / "config.resolved.yaml"
     if not file.exists() or not (run / "clusters").is_dir():
         return None
-    config = vit_mae.load(run / "base").config
+    config = read_config(run / "base")
     specs = yaml.safe_load(file.read_text(encoding="utf-8"))["images"]
     try:
-        images = mixture(open_together(specs, [False] * len(specs), config.image_size, config.num_channels, None))
+        images = mixture(open_together(specs, [False] * len(specs), config["image_size"], config["num_channels"], None))
         check_same_images(run, [images])
     except UsageError:
         return None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 Budget = Literal["equal-steps", "equal-images", "equal-epochs", "equal-exposure"]
-Method = Literal["moce", "mae", "token-moe"]
+Objective = Literal["mae", "simsiam", "byol"]
+Method = Literal["moce", "mae", "token-moe", "sdr", "simsiam", "byol"]
 Scope = Literal["ffn", "blocks", "encoder"]
 Select = Literal["cluster", "path", "knn"]
 
@@ -22,8 +23,8 @@ class MeasureFlags:
     """Folders of labelled images, one folder a class; train/ and test/ inside are respected."""
     out: Path = Path("runs/measure")
     """The run folder to write."""
-    objective: Literal["mae"] = "mae"
-    """How the models learn."""
+    objective: Objective = "mae"
+    """How the models learn: mae, a masked autoencoder (ViT); simsiam or byol, two views of an image (ResNet)."""
     steps: int = 1500
     """Optimiser steps of the model of a source."""
     seeds: int = 3
@@ -42,7 +43,8 @@ class MeasureFlags:
 class MeasureSettings(MeasureFlags):
     first_seed: int = 0
     batch_size: int = 64
-    learning_rate: float = 4e-3
+    learning_rate: float | None = None
+    """Peak; None takes the objective's own, 4e-3 for mae."""
     warmup_steps: int = 60
     num_labels: int = 300
     num_draws: int = 5
@@ -62,11 +64,12 @@ class PretrainFlags:
     images: tuple[str, ...] = ()
     """Folders of images, any nesting, no labels needed; or patchwork:NAME."""
     method: Method = "moce"
-    """moce: experts for clusters; mae: the plain model; token-moe: experts chosen by token, the control."""
+    """moce: experts for clusters; mae: its plain model; token-moe: experts by token, the control; sdr: sub-nets of a
+    ResNet for clusters; simsiam, byol: its plain model."""
     out: Path = Path("runs/pretrain")
     """The run folder to write."""
     base: Path | None = None
-    """A masked autoencoder to start from (transformers folder); trained here when left out."""
+    """A model to start from (transformers folder): a masked autoencoder, or a ResNet; trained here when left out."""
     experts: int = 4
     """Experts in every layer that has them."""
     clusters: str = "auto"
@@ -85,8 +88,8 @@ class PretrainFlags:
 class PretrainSettings(PretrainFlags):
     seed: int = 0
     batch_size: int = 64
-    learning_rate: float = 4e-3
-    """Peak of the base; the stage with experts peaks at `expert_learning_rate`."""
+    learning_rate: float | None = None
+    """Peak of the base; None takes that of how it learns, 4e-3 for mae. Experts peak at `expert_learning_rate`."""
     expert_learning_rate: float = 3e-3
     warmup_steps: int = 60
     weight_decay: float = 0.05
@@ -119,6 +122,30 @@ class PretrainSettings(PretrainFlags):
     """Fewer directions than this in the base's features mean that it has collapsed."""
     fit_images: int = 256_000
     """Images that the clusters are fitted on; the rest is assigned."""
+    groups: int = 4
+    """Of sdr: groups of channels that every split stage chooses one of; there are groups ** split_stages sub-nets."""
+    split_stages: int = 2
+    """Stages that are split, the last ones."""
+    split_ratio: float = 0.5
+    """Share of a stage's channels that all sub-nets have in common."""
+    ssl: Literal["simsiam", "byol"] = "simsiam"
+    """How the sub-nets learn."""
+    paths: Literal["tree", "random"] = "tree"
+    """tree: similar clusters share groups; random: the same paths dealt at random, the control."""
+    teacher: Literal["anchor", "supernet"] = "anchor"
+    """What the sub-nets are distilled from: one plain path trained on all images, or all groups at once."""
+    kd_coef: float = 1.0
+    kd_schedule: Literal["constant", "anneal"] = "anneal"
+    """anneal: half of kd_coef is left at the end of a phase."""
+    kd_view: Literal["cross", "same"] = "cross"
+    """Which view the teacher sees: the other one (the paper's), or the same."""
+    anchor_share: float = 0.2
+    """Share of the steps that also train what all sub-nets share, on all images."""
+    paths_a_step: int = 2
+    base_share: float = 0.4
+    """Share of the steps before the first split."""
+    progressive: bool = True
+    """Split one stage after the other; False splits all of them at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

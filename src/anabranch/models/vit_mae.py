@@ -13,8 +13,6 @@ Check     : `masked_loss` equals the loss of ViTMAEForPreTraining, `encode` the 
 """
 
 import copy
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError, did_you_mean
+from anabranch.models.bridge import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +96,7 @@ SHARED_CONFIG = (
     *("image_size", "patch_size", "num_channels"),
 )
 """What a ViT configuration takes over from the autoencoder's."""
+FEATURES = "mean of the patch tokens, unmasked"
 MLP_RATIO = 4
 BASE_PATCH = 16
 
@@ -129,6 +129,11 @@ def patch_size_for(preset: str, image_size: int) -> int:
             hint=f"--image-size {nearest[0]} or --image-size {nearest[1]}",
         )
     return image_size // grid if grid is not None else BASE_PATCH
+
+
+def check_size(preset: str, image_size: int) -> None:
+    """Raises where the preset cannot cut such images into whole patches."""
+    patch_size_for(preset, image_size)
 
 
 def depth_of(preset: str) -> int:
@@ -191,17 +196,7 @@ def load(path: str | Path) -> nn.Module:
         UsageError: the folder is missing, holds another kind of model, or lacks tensors of its own configuration.
     """
     folder = Path(path)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UsageError(
-            f"{folder} is not a model folder",
-            expected="config.json and model.safetensors, as save_pretrained writes them",
-            received="no such folder" if not folder.exists() else "no config.json",
-        )
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"{config_file} cannot be read", expected="JSON", received=error) from error
+    model_type = read_config(folder).get("model_type")
     if model_type != "vit_mae":
         raise UsageError(
             f"{folder} holds a {model_type} model",
@@ -310,11 +305,12 @@ def pooled(tokens: Tensor) -> Tensor:
     return tokens[:, 1:].float().mean(1)
 
 
-def in_chunks(num_items: int, size: int) -> Iterator[Tensor]:
-    yield from torch.arange(num_items).split(size)
+def features(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """(B, D): what probes and clusters see of unmasked images."""
+    return pooled(encode(model, pixel_values))
 
 
-def to_vit(model: nn.Module) -> nn.Module:
+def to_plain(model: nn.Module) -> nn.Module:
     """The encoder alone as a plain ViTModel (no pooling layer); every tensor is a copy."""
     source = model.config
     library = transformers()

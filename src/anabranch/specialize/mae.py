@@ -19,6 +19,10 @@ from anabranch.data.images import Images
 from anabranch.data.streams import derived_seed
 from anabranch.models.vit_mae import check_images, masked_loss, normalise, num_patches
 
+FAMILY = "vit_mae"
+LEARNING_RATE = 4e-3
+"""Peak of AdamW for the small presets at batches of 64."""
+
 
 class Indices(Protocol):
     """Which images a step sees: a pure function of the step."""
@@ -80,3 +84,11 @@ def masked_images(
     """The stream for this model, after checking that the images fit it."""
     check_images(model, image_size=images.image_size, channels=images.channels, name=images.name)
     return MaskedImages(images, indices, num_patches=num_patches(model), seed=seed, augment=augment, ids=ids)
+
+
+def objective(model: nn.Module, *, seed: int) -> nn.Module:
+    """As every learner builds its own; the hiding order comes with the batch, so the seed decides nothing here."""
+    return MaskedAutoencoding(model)
+
+
+stream = masked_images
