@@ -4,20 +4,19 @@
 Every learner offers
 
     FAMILY                                  the bridge of its models, see anabranch.models.bridge
-    LEARNING_RATE                           the peak that is taken where none is set
+    OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY  with what it is trained, and the values that are taken where none is set
     objective(model, *, seed)               a module; its forward turns a batch into {"loss": ()}, `.model` is the model
     stream(images, model, indices, *, seed, augment=False, **ids)    the batches of all steps
 """
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.models.bridge import bridge
 
 LEARNERS = ("mae", "simsiam", "byol")
-LEARNING_RATE = 4e-3
-"""Of a learner that names none."""
 
 
 def learner(name: str) -> ModuleType:
@@ -31,6 +30,11 @@ def family_of(name: str) -> ModuleType:
     return bridge(learner(name).FAMILY)
 
 
-def learning_rate(name: str, given: float | None) -> float:
-    """The peak that was asked for, else the learner's own."""
-    return float(getattr(learner(name), "LEARNING_RATE", LEARNING_RATE)) if given is None else given
+def training(name: str, rate: float | None = None, weight_decay: float | None = None) -> dict[str, Any]:
+    """Arguments of TrainConfig: what was asked for, else the learner's own."""
+    module = learner(name)
+    return {
+        "optimizer": module.OPTIMIZER,
+        "learning_rate": module.LEARNING_RATE if rate is None else rate,
+        "weight_decay": module.WEIGHT_DECAY if weight_decay is None else weight_decay,
+    }

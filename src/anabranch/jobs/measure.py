@@ -32,7 +32,7 @@ from anabranch.jobs.corpus import (
 )
 from anabranch.jobs.embed import embed
 from anabranch.jobs.inside import look_inside
-from anabranch.jobs.learners import family_of, learner, learning_rate
+from anabranch.jobs.learners import family_of, learner, training
 from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.settings import MeasureSettings
@@ -244,7 +244,7 @@ def train_config(settings: MeasureSettings, cell: Cell) -> TrainConfig:
     return TrainConfig(
         steps=cell.steps,
         batch_size=cell.batch_size,
-        learning_rate=learning_rate(settings.objective, settings.learning_rate),
+        **training(settings.objective, settings.learning_rate),
         warmup_steps=min(settings.warmup_steps, cell.steps // 2),
         seed=cell.seed,
     )

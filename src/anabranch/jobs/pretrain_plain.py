@@ -8,7 +8,6 @@ from torch import nn
 from anabranch.jobs.learners import learner
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.stages import (
-    base_rate,
     finish,
     learner_of,
     open_pool,
@@ -35,8 +34,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     return summary
 
 
-def peak(settings: PretrainSettings) -> float:
+def peak(settings: PretrainSettings) -> float | None:
     """A masked autoencoder that goes on from a base is the control of experts, and learns at their rate."""
     if settings.method == "mae" and settings.base is not None:
         return settings.expert_learning_rate
-    return base_rate(settings)
+    return settings.learning_rate

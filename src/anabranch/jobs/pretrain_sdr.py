@@ -25,7 +25,6 @@ from anabranch.jobs.learners import family_of, learner
 from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.stages import (
-    base_rate,
     finish,
     learner_of,
     open_pool,
@@ -119,7 +118,7 @@ def obtain_plain(settings: PretrainSettings, images: Images, run: Path) -> nn.Mo
     if settings.base is None:
         say(f"phase 0: one model of all images ({settings.ssl})")
         stream = plain_stream(settings, images, model, settings.seed)
-        train_stage(settings, plain, stream, base_steps(settings), run / "base-training", base_rate(settings))
+        train_stage(settings, plain, stream, base_steps(settings), run / "base-training", settings.learning_rate)
         if not (run / "base").exists():
             publish(run / "base", lambda folder: model.eval().save_pretrained(folder))
     return plain.eval()
@@ -161,7 +160,7 @@ def learn(
         learned = grown(learned, phase.paths, phase.num_split, phase.steps)
         stream = phases.batches(phase, rounds, clusters.labels, settings.batch_size, views(settings, images, plain))
         stages.append(
-            train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", base_rate(settings))
+            train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", settings.learning_rate)
         )
     return learned, stages
 

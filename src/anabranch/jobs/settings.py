@@ -92,7 +92,8 @@ class PretrainSettings(PretrainFlags):
     """Peak of the base; None takes that of how it learns, 4e-3 for mae. Experts peak at `expert_learning_rate`."""
     expert_learning_rate: float = 3e-3
     warmup_steps: int = 60
-    weight_decay: float = 0.05
+    weight_decay: float | None = None
+    """None takes that of how the model learns, 0.05 for mae."""
     base_steps: int | None = None
     """Steps of a base that is trained here; `steps` by default."""
     save_every: int = 500
@@ -167,6 +168,8 @@ class CustomizeSettings(CustomizeFlags):
     knn_routes: int = 5
     """Routes that --select knn tries, most voted first, besides the plain base."""
     max_images: int = 20_000
+    keep: float = 1.0
+    """Of sdr: share of each group's channels that stay; below 1 the model is narrower, cheaper and less exact."""
 
 
 @dataclass(frozen=True, kw_only=True)

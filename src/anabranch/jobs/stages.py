@@ -16,7 +16,7 @@ from anabranch.data.images import Images, write_quarantine
 from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.errors import CheckFailed
 from anabranch.jobs.corpus import at_most, check_same_images, mixture, open_together
-from anabranch.jobs.learners import family_of, learner, learning_rate
+from anabranch.jobs.learners import family_of, learner, training
 from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.train.loop import TrainConfig, train
@@ -103,14 +103,9 @@ def obtain_base(settings: PretrainSettings, images: Images, run: Path, steps: in
     say(f"base: one model of all images ({name})")
     objective = learner(name).objective(base, seed=settings.seed)
     stream = plain_stream(settings, images, base, settings.seed)
-    train_stage(settings, objective, stream, steps, run / "base-training", base_rate(settings))
+    train_stage(settings, objective, stream, steps, run / "base-training", settings.learning_rate)
     publish(run / "base", lambda folder: base.eval().save_pretrained(folder))
     return base
-
-
-def base_rate(settings: PretrainSettings) -> float:
-    """Peak of a model that is trained without experts."""
-    return learning_rate(learner_of(settings), settings.learning_rate)
 
 
 def second_stage(settings: PretrainSettings) -> int:
@@ -124,16 +119,18 @@ def plain_stream(settings: PretrainSettings, images: Images, model: nn.Module, s
 
 
 def train_stage(
-    settings: PretrainSettings, objective: nn.Module, stream: Any, steps: int, folder: Path, rate: float
+    settings: PretrainSettings, objective: nn.Module, stream: Any, steps: int, folder: Path, rate: float | None
 ) -> dict[str, Any]:
-    """Train, or go on training, in a folder of its own; fails if training left every named tensor as it was."""
+    """Train, or go on training, in a folder of its own; fails if training left every named tensor as it was.
+
+    rate     peak of the learning rate; None takes that of how the model learns.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = TrainConfig(
         steps=steps,
         batch_size=settings.batch_size,
-        learning_rate=rate,
+        **training(learner_of(settings), rate, settings.weight_decay),
         warmup_steps=min(settings.warmup_steps, steps // 2),
-        weight_decay=settings.weight_decay,
         seed=settings.seed,
         save_every=settings.save_every,
         mixed_precision=settings.mixed_precision,

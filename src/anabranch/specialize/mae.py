@@ -20,7 +20,7 @@ from anabranch.data.streams import derived_seed
 from anabranch.models.vit_mae import check_images, masked_loss, normalise, num_patches
 
 FAMILY = "vit_mae"
-LEARNING_RATE = 4e-3
+OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY = "adamw", 4e-3, 0.05
 """Peak of AdamW for the small presets at batches of 64."""
 
 

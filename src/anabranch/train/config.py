@@ -14,9 +14,11 @@ class TrainConfig:
     warmup_steps: int = 0
     min_learning_rate: float = 0.0
     """Where the cosine ends."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.05
     """Not applied to biases, norms and other one-dimensional parameters."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of adamw; sgd has the first as its momentum."""
     max_grad_norm: float | None = None
     seed: int = 0
     save_every: int = 500
@@ -42,5 +44,7 @@ class TrainConfig:
             raise ValueError(f"betas: expected two numbers in [0, 1), received {self.betas}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a number > 0 or none, received {self.max_grad_norm}")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer: expected adamw or sgd, received {self.optimizer}")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision: expected no or bf16, received {self.mixed_precision}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with a cosine schedule, and its state as named tensors.
+"""AdamW, or SGD with momentum, with a cosine schedule, and their state as named tensors.
 
 Paper     : Loshchilov & Hutter 2019 (arXiv 1711.05101).
 Equation  : warm-up  lr(s) = peak (s + 1) / warmup                                         for s < warmup
@@ -28,8 +28,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * share + config.min_learning_rate * (1 - share)
 
 
-def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that require a gradient; those without a gradient in a step are left as they are."""
+def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Over the parameters that require a gradient; those without a gradient in a step are left as they are."""
     trainable = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise UsageError("nothing to train", expected="at least one parameter with requires_grad", received="none")
@@ -39,10 +39,11 @@ def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Ad
         {"params": [p for name, p in trainable.items() if name not in plain], "weight_decay": config.weight_decay},
         {"params": [p for name, p in trainable.items() if name in plain], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     # One fused call a step: for small models the loop over tensors costs more than the arithmetic.
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
-    )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.betas[0], fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
