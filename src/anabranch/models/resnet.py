@@ -53,11 +53,13 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(embedding_size=24, hidden_sizes=(24, 48, 96, 128), depths=(1, 1, 1, 1), layer_type="basic"),
+    "narrow": Preset(embedding_size=12, hidden_sizes=(12, 24, 48, 64), depths=(1, 1, 1, 1), layer_type="basic"),
     "small": Preset(embedding_size=64, hidden_sizes=(64, 128, 256, 512), depths=(2, 2, 2, 2), layer_type="basic"),
     "base": Preset(
         embedding_size=64, hidden_sizes=(256, 512, 1024, 2048), depths=(3, 4, 6, 3), layer_type="bottleneck"
     ),
 }
+FEATURES = "mean over pixels of the last stage"
 LEAST_SIZE = 17
 """Half the network's stride of 32, and one: from 16 pixels down the last two stages look at a single pixel."""
 

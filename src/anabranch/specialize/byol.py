@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from anabranch.data.streams import derived_seed
 from anabranch.data.views import NUM_LARGE
 from anabranch.models.resnet import feature_size, features
-from anabranch.specialize.simsiam import FAMILY, cross_view, predictor, spread, stream, views_in
+from anabranch.specialize.simsiam import FAMILY, OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY, cross_view, predictor, spread, stream, views_in
 from anabranch.train.seeding import seeded
 
-__all__ = ["FAMILY", "Bootstrap", "Config", "momentum", "objective", "stream"]
+__all__ = ["FAMILY", "LEARNING_RATE", "OPTIMIZER", "WEIGHT_DECAY", "Bootstrap", "Config", "momentum", "objective", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,10 @@ class Bootstrap(nn.Module):
         # the target normalises by batch statistics as the online network does; its running ones are its own
         self.target_model = copy.deepcopy(model).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    def follows(self) -> list[str]:
+        """Names, as patterns, of tensors that change without a gradient."""
+        return ["target_*"]
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         views = views_in(batch, self.training)

@@ -42,7 +42,8 @@ def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Op
     groups = [group for group in groups if group["params"]]
     # One fused call a step: for small models the loop over tensors costs more than the arithmetic.
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.betas[0], fused=True)
+        # not fused: that form expects either all tensors of a group to have momentum, or none
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.betas[0], foreach=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
