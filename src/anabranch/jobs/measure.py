@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from anabranch import __version__
@@ -200,6 +201,19 @@ def shared_model(run: Path, seed: int) -> Path:
     return run / "shared" / f"seed-{seed}"
 
 
+def heads_file(folder: Path) -> Path:
+    """Beside a shared model what its learner had besides: projectors and the like, for training that goes on."""
+    return folder / "heads.safetensors"
+
+
+def save_shared(folder: Path, model: torch.nn.Module, objective: torch.nn.Module) -> None:
+    model.eval().save_pretrained(folder)
+    own = {f"model.{name}" for name in model.state_dict()}
+    heads = {name: tensor for name, tensor in objective.state_dict().items() if name not in own}
+    if heads:
+        save_file(heads, heads_file(folder))
+
+
 def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) -> dict[str, Any]:
     """One model from scratch, probed on all tasks on its way and at its end."""
     settings, corpus, run = shared
@@ -236,7 +250,7 @@ def train_and_probe(shared: tuple[MeasureSettings, Corpus, Path], cell: Cell) ->
     }
     if cell.model == SHARED:
         result |= look_inside(settings, objective, corpus.sources, corpus.tasks, cell.seed)
-        replace_folder(model.eval().save_pretrained, shared_model(run, cell.seed))
+        replace_folder(lambda folder: save_shared(folder, model, objective), shared_model(run, cell.seed))
     return result
 
 

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arms of the experiment with sub-nets: every one starts from the same base and sees equally many images in all.
+
+random-init       the network before it learned anything: the floor
+base              where all other arms start: phase 0
+continued         the base, trained on: the fair baseline
+multi-crop        the same with two small crops beside the two views: the "just train better" baseline, at twice the cost
+sdr               sub-nets of clusters found without labels; each task takes the one its images vote for
+sdr-random        the same images dealt to sub-nets without meaning: the floor
+sdr-no-kd         without distillation from the shared model
+sdr-at-once       fresh weights, every stage split from the first step, as many steps as base and phases together
+separate          one model a cluster, each with the turns that its sub-net would have had: nothing is shared
+oracle            one model a true domain, each with its share of the turns: what any clustering could give
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from anabranch.allocate.clusters import sinkhorn, tree
+from anabranch.allocate.clusters.record import Clustering
+from anabranch.data.streams import ShuffledIndices, derived_seed
+from anabranch.data.views import Views
+from anabranch.jobs.arms import mean_scores, picked_scores
+from anabranch.jobs.corpus import at_most, mixture
+from anabranch.jobs.embed import embed
+from anabranch.jobs.learners import learner, training
+from anabranch.jobs.measure import Corpus, heads_file, probe_tasks, shared_model, thinned
+from anabranch.models import resnet
+from anabranch.reuse.nearest import best, leave_one_out
+from anabranch.specialize.sdr import phases, supernet
+from anabranch.specialize.sdr.channels import SHARED
+from anabranch.specialize.sdr.objective import Config as LearningConfig
+from anabranch.specialize.sdr.objective import SubnetLearning, grown
+from anabranch.specialize.sdr.phases import Phase
+from anabranch.specialize.sdr.schedule import Rounds
+from anabranch.train.loop import TrainConfig, train
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sdr": {},
+    "sdr-random": {"shuffled": True},
+    "sdr-no-kd": {"kd_coef": 0.0},
+    "sdr-at-once": {"progressive": False},
+    "sdr-supernet": {"teacher": "supernet"},
+    "sdr-random-tree": {"random_tree": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdrArmSettings:
+    objective: str = "simsiam"
+    base_steps: int = 1000
+    """Of the base, which `measure` has trained."""
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float | None = None
+    warmup_steps: int = 60
+    groups: int = 4
+    split_stages: int = 2
+    split_ratio: float = 0.5
+    kd_coef: float = 1.0
+    turns_a_step: int = 2
+    shared_share: float = 0.2
+    num_labels: int = 300
+    num_draws: int = 5
+
+    @property
+    def num_paths(self) -> int:
+        return self.groups**self.split_stages
+
+
+@dataclass(frozen=True)
+class SdrArm:
+    name: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}.seed-{self.seed}"
+
+    @property
+    def stream_seed(self) -> int:
+        """Of batches and views: others than the base has seen, the same for every arm."""
+        return derived_seed("second stage", self.seed)
+
+
+@dataclass(frozen=True)
+class SdrBench:
+    """What every arm of one run is given."""
+
+    settings: SdrArmSettings
+    corpus: Corpus
+    run: Path
+
+    @property
+    def pool(self) -> Any:
+        return mixture(self.corpus.sources)
+
+
+def run_sdr_arm(bench: SdrBench, arm: SdrArm) -> dict[str, Any]:
+    """Train one arm from the seed's base and probe it on every task."""
+    started, used = time.perf_counter(), time.process_time()
+    work: dict[str, Callable[..., dict[str, Any]]] = {
+        "random-init": untrained,
+        "base": base_alone,
+        "continued": continued,
+        "multi-crop": continued,
+        "separate": separate,
+        "oracle": separate,
+        **dict.fromkeys(VARIANTS, subnets),
+    }
+    result = work[arm.name](bench, arm, load_plain(bench, arm))
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
+    return {"arm": arm.name, "scope": "ffn", "seed": arm.seed, **seconds, **result}
+
+
+def load_plain(bench: SdrBench, arm: SdrArm) -> nn.Module:
+    """The seed's base with its heads, as `measure` left them."""
+    folder = shared_model(bench.run, arm.seed)
+    plain: nn.Module = learner(bench.settings.objective).objective(resnet.load(folder), seed=arm.seed)
+    plain.load_state_dict(load_file(heads_file(folder)), strict=False)
+    return plain
+
+
+def probed(bench: SdrBench, arm: SdrArm, model: nn.Module) -> dict[str, Any]:
+    return probe_tasks(model.eval(), bench.corpus.tasks, bench.settings, arm.seed)
+
+
+def account(total_steps: int, images: int, own_steps: float, own_images: float) -> dict[str, Any]:
+    """What the arm spent in all, and what of it reached the model that one task is given."""
+    return {
+        "account": {
+            "total_steps": total_steps,
+            "images_seen": images,
+            "steps_touching_path": own_steps,
+            "images_seen_by_path": own_images,
+        }
+    }
+
+
+def untrained(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
+    return {"scores": probed(bench, arm, resnet.fresh(plain.model.config, arm.seed)), **account(0, 0, 0, 0)}
+
+
+def base_alone(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
+    steps, images = bench.settings.base_steps, bench.settings.base_steps * bench.settings.batch_size
+    return {"scores": probed(bench, arm, plain.model), **account(steps, images, steps, images)}
+
+
+def learn(bench: SdrBench, objective: nn.Module, stream: Any, arm: SdrArm, steps: int, batch_size: int) -> list[float]:
+    config = TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        **training(bench.settings.objective, bench.settings.learning_rate),
+        warmup_steps=min(bench.settings.warmup_steps, steps // 2),
+        seed=arm.seed,
+    )
+    return train(objective, stream, config).losses
+
+
+def continued(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
+    settings = bench.settings
+    views = Views(num_small=2) if arm.name == "multi-crop" else Views()
+    indices = ShuffledIndices(len(bench.pool), settings.batch_size, arm.stream_seed)
+    made = learner(settings.objective)
+    stream = made.stream(bench.pool, plain.model, indices, seed=arm.stream_seed, views=views)
+    losses = learn(bench, plain, stream, arm, settings.steps, settings.batch_size)
+    total = settings.base_steps + settings.steps
+    spent = account(total, total * settings.batch_size, total, total * settings.batch_size)
+    return {"scores": probed(bench, arm, plain.model), "losses": thinned(losses), **spent}
+
+
+def find_clusters(bench: SdrBench, arm: SdrArm, base: nn.Module) -> Clustering:
+    config = sinkhorn.Config(num_clusters=bench.settings.num_paths, capacity_factor=1.1, min_rank=2)
+    return sinkhorn.fit(embed(base, bench.pool), config, torch.Generator().manual_seed(arm.seed))
+
+
+def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
+    """All phases from the base, then every sub-net probed on every task, and each task's choice among them."""
+    settings, variant = bench.settings, VARIANTS[arm.name]
+    base = resnet.copy_of(plain.model)
+    clusters = find_clusters(bench, arm, base)
+    generator = torch.Generator().manual_seed(arm.seed)
+    labels = clusters.labels
+    if variant.get("shuffled"):
+        labels = labels[torch.randperm(len(labels), generator=generator)]
+    digits = tree.grow(clusters.centroids, clusters.sizes, settings.groups, settings.split_stages, generator)
+    if variant.get("random_tree"):
+        digits = tree.shuffled(digits, generator)
+    progressive = variant.get("progressive", True)
+    steps = settings.steps + (0 if progressive else settings.base_steps)
+    planned = phases.plan(digits, len(base.config.depths), steps, progressive=progressive)
+    schedules = [
+        phases.rounds(p, settings.turns_a_step, settings.shared_share, arm.stream_seed) for p in planned
+    ]
+    learned, losses = train_phases(bench, arm, plain, planned, schedules, labels)
+    rows = range(len(learned.net.paths))
+    models = [learned.net.extract(row) for row in rows]
+    shared = learned.net.extract(SHARED) if learned.net.shared_path is not None else None
+    scores = [probed(bench, arm, model) for model in models]
+    spent = phases.account(settings.base_steps if progressive else 0, planned, schedules, settings.batch_size)
+    result = {
+        "losses": thinned(losses),
+        **account(spent.total_steps, spent.images_seen, spent.steps_touching_path[0], spent.images_seen_by_path[0]),
+    }
+    if shared is not None:
+        result["shared"] = probed(bench, arm, shared)
+    if variant.get("shuffled"):  # a task has no reason to prefer one of them: their mean is what it can expect
+        return result | {"scores": mean_scores(bench.corpus, scores, rows)}
+    votes = {task.name: vote(base, clusters, planned[-1], task) for task in bench.corpus.tasks}
+    result |= picked_scores(bench.corpus, scores, {name: row for name, (row, _) in votes.items()})
+    result["coverage"] = {name: share for name, (_, share) in votes.items()}
+    if arm.name == "sdr":
+        result |= by_neighbours(bench, arm, [*([shared] if shared is not None else []), *models], scores, result)
+    return result
+
+
+def train_phases(
+    bench: SdrBench, arm: SdrArm, plain: nn.Module, planned: Sequence[Phase], schedules: Sequence[Rounds], labels: Tensor
+) -> tuple[SubnetLearning, list[float]]:
+    settings, variant = bench.settings, VARIANTS[arm.name]
+    if not variant.get("progressive", True):
+        fresh = resnet.fresh(plain.model.config, arm.seed)
+        plain = learner(settings.objective).objective(fresh, seed=arm.seed)
+    given = supernet.Config(
+        groups=settings.groups, split_ratio=settings.split_ratio, teacher=variant.get("teacher", "anchor")
+    )
+    config = LearningConfig(ssl=settings.objective, kd_coef=variant.get("kd_coef", settings.kd_coef))  # type: ignore[arg-type]
+    learned = SubnetLearning(supernet.supernet(plain.model, given), plain.projector, plain.predictor, config, 1)
+    losses: list[float] = []
+    made = learner(settings.objective)
+    for phase, rounds in zip(planned, schedules, strict=True):
+        learned = grown(learned, phase.paths, phase.num_split, phase.steps)
+        stream = phases.batches(
+            phase,
+            rounds,
+            labels,
+            settings.batch_size,
+            lambda indices: made.stream(bench.pool, plain.model, indices, seed=arm.stream_seed),
+        )
+        losses += learn(bench, learned, stream, arm, phase.steps, settings.batch_size)
+    return learned, losses
+
+
+def vote(base: nn.Module, clusters: Clustering, last: Phase, task: Any) -> tuple[int, float]:
+    """The sub-net that most of a task's training images belong to, and their share; no label is looked at."""
+    found = clusters.assign(embed(base, task.take(~task.is_test))).labels
+    counts = torch.bincount(last.of_cluster[found], minlength=len(last.paths))
+    return int(counts.argmax()), float(counts.max() / counts.sum())
+
+
+def by_neighbours(
+    bench: SdrBench, arm: SdrArm, models: Sequence[nn.Module], scores: list[dict[str, Any]], result: dict[str, Any]
+) -> dict[str, Any]:
+    """The choice with as many labels as the probe has: the shared model is among the candidates and wins ties."""
+    all_scores = [*([result["shared"]] if "shared" in result else []), *scores]
+    picked, chosen = {}, {}
+    for task in bench.corpus.tasks:
+        few = at_most(task.take(~task.is_test), bench.settings.num_labels, arm.seed)
+        right = [float(leave_one_out(embed(model, few), few.labels).float().mean()) for model in models]
+        picked[task.name] = best(right)
+        chosen[task.name] = all_scores[picked[task.name]][task.name]
+    return {"by_neighbours": {"picked": picked, "scores": chosen}}
+
+
+def separate(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
+    """One model a cluster or a domain, as many turns each as all sub-nets have in the mean, nothing shared."""
+    settings, corpus = bench.settings, bench.corpus
+    base = resnet.copy_of(plain.model)
+    if arm.name == "oracle":
+        labels = torch.cat([torch.full((len(images),), i) for i, images in enumerate(corpus.sources)])
+        picked = {task.name: own for task, own in zip(corpus.tasks, corpus.own, strict=True)}
+        count = len(corpus.sources)
+    else:
+        clusters = find_clusters(bench, arm, base)
+        labels, count = clusters.labels, len(clusters)
+        last = phases.phase(torch.arange(count)[:, None], 1, 1)
+        picked = {task.name: vote(base, clusters, last, task)[0] for task in corpus.tasks}
+    share = settings.batch_size // settings.turns_a_step
+    steps = max(settings.steps * settings.turns_a_step // count, 1)
+    scores, made = [], learner(settings.objective)
+    for k in range(count):
+        mine = load_plain(bench, arm)
+        pool = bench.pool.take((labels == k).nonzero()[:, 0])
+        stream = made.stream(pool, mine.model, ShuffledIndices(len(pool), share, arm.stream_seed), seed=arm.stream_seed)
+        learn(bench, mine, stream, arm, steps, share)
+        scores.append(probed(bench, arm, mine.model))
+    first, images = settings.base_steps, settings.base_steps * settings.batch_size
+    spent = account(first + steps * count, images + steps * count * share, first + steps, images + steps * share)
+    return {**picked_scores(corpus, scores, picked), **spent}
+
