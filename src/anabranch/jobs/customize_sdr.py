@@ -29,7 +29,9 @@ BASE = -2
 """In place of a path's number: the model before any split."""
 OUTSIDE_SHARE = 0.5
 TIMED_ROUNDS = 15
-ORIGIN = "A plain ResNet, taken out of a super-net with one sub-net for every cluster of images (SDR, arXiv 2205.13267)."
+ORIGIN = (
+    "A plain ResNet, taken out of a super-net with one sub-net for every cluster of images (SDR, arXiv 2205.13267)."
+)
 
 
 def choose_and_extract(
@@ -143,9 +145,7 @@ def proof(net: SuperNet, dense: nn.Module, row: int, images: Images) -> float:
     return difference
 
 
-def narrowed(
-    net: SuperNet, row: int, full: nn.Module, task: Images, keep: float
-) -> tuple[nn.Module, dict[str, Any]]:
+def narrowed(net: SuperNet, row: int, full: nn.Module, task: Images, keep: float) -> tuple[nn.Module, dict[str, Any]]:
     """The sub-net with the first channels of its groups, its statistics measured anew on the task's images."""
     if row == BASE:
         raise UsageError("the plain model won, and it has no groups to narrow", hint="--set keep=1")

@@ -129,7 +129,9 @@ def plan(settings: PretrainSettings, model: nn.Module, clusters: Clustering) -> 
     generator = torch.Generator().manual_seed(settings.seed)
     stages = len(model.config.depths)
     if settings.split_stages > stages:
-        raise UsageError("there are fewer stages to split", expected=f"at most {stages}", received=settings.split_stages)
+        raise UsageError(
+            "there are fewer stages to split", expected=f"at most {stages}", received=settings.split_stages
+        )
     digits = tree.grow(clusters.centroids, clusters.sizes, settings.groups, settings.split_stages, generator)
     if settings.paths == "random":
         digits = tree.shuffled(digits, generator)

@@ -196,9 +196,7 @@ def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     progressive = variant.get("progressive", True)
     steps = settings.steps + (0 if progressive else settings.base_steps)
     planned = phases.plan(digits, len(base.config.depths), steps, progressive=progressive)
-    schedules = [
-        phases.rounds(p, settings.turns_a_step, settings.shared_share, arm.stream_seed) for p in planned
-    ]
+    schedules = [phases.rounds(p, settings.turns_a_step, settings.shared_share, arm.stream_seed) for p in planned]
     learned, losses = train_phases(bench, arm, plain, planned, schedules, labels)
     rows = range(len(learned.net.paths))
     models = [learned.net.extract(row) for row in rows]
@@ -222,7 +220,12 @@ def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
 
 
 def train_phases(
-    bench: SdrBench, arm: SdrArm, plain: nn.Module, planned: Sequence[Phase], schedules: Sequence[Rounds], labels: Tensor
+    bench: SdrBench,
+    arm: SdrArm,
+    plain: nn.Module,
+    planned: Sequence[Phase],
+    schedules: Sequence[Rounds],
+    labels: Tensor,
 ) -> tuple[SubnetLearning, list[float]]:
     settings, variant = bench.settings, VARIANTS[arm.name]
     if not variant.get("progressive", True):
@@ -294,4 +297,3 @@ def separate(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     first, images = settings.base_steps, settings.base_steps * settings.batch_size
     spent = account(first + steps * count, images + steps * count * share, first + steps, images + steps * share)
     return {**picked_scores(corpus, scores, picked), **spent}
-

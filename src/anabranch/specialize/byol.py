@@ -21,10 +21,30 @@ from torch import Tensor, nn
 from anabranch.data.streams import derived_seed
 from anabranch.data.views import NUM_LARGE
 from anabranch.models.resnet import feature_size, features
-from anabranch.specialize.simsiam import FAMILY, LEARNING_RATE, OPTIMIZER, WEIGHT_DECAY, cross_view, predictor, spread, stream, views_in
+from anabranch.specialize.simsiam import (
+    FAMILY,
+    LEARNING_RATE,
+    OPTIMIZER,
+    WEIGHT_DECAY,
+    cross_view,
+    predictor,
+    spread,
+    stream,
+    views_in,
+)
 from anabranch.train.seeding import seeded
 
-__all__ = ["FAMILY", "LEARNING_RATE", "OPTIMIZER", "WEIGHT_DECAY", "Bootstrap", "Config", "momentum", "objective", "stream"]
+__all__ = [
+    "FAMILY",
+    "LEARNING_RATE",
+    "OPTIMIZER",
+    "WEIGHT_DECAY",
+    "Bootstrap",
+    "Config",
+    "momentum",
+    "objective",
+    "stream",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

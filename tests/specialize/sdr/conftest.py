@@ -13,7 +13,11 @@ def make_backbone():
 
     def make(layer_type="basic", hidden_sizes=(8, 12, 16, 20), depths=(1, 2, 1, 1), seed=0):
         config = transformers().ResNetConfig(
-            num_channels=1, embedding_size=8, hidden_sizes=list(hidden_sizes), depths=list(depths), layer_type=layer_type
+            num_channels=1,
+            embedding_size=8,
+            hidden_sizes=list(hidden_sizes),
+            depths=list(depths),
+            layer_type=layer_type,
         )
         config.image_size = 28
         model = resnet.fresh(config, seed)

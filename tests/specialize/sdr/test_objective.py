@@ -103,7 +103,7 @@ def test_the_teacher_gets_no_gradient_and_no_new_statistics_from_others_turns(ma
     assert all(torch.equal(b, before[name]) for name, b in objective.named_buffers() if name in before)
 
 
-@pytest.mark.parametrize("kd_coef,asked", [(0.0, 0), (1.0, 2)])
+@pytest.mark.parametrize(("kd_coef", "asked"), [(0.0, 0), (1.0, 2)])
 def test_without_weight_no_teacher_is_asked(make_objective, stream, kd_coef, asked, monkeypatch):
     objective = make_objective(kd_coef=kd_coef).train()
     step = next(step for step in range(40) if SHARED not in stream.rounds.at(step))

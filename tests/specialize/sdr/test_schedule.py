@@ -59,7 +59,7 @@ def test_a_path_sees_its_images_only_and_all_of_them_in_an_epoch():
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    ("arguments", "message"),
     [
         ((4, 2, 0.7), "shared_share: expected at most one turn of the shared model in a step of 2 turns with 4 paths"),
         ((3, 2, 0.0), "paths_a_step: expected a divisor of 3 where the shared model has no turn, received 2"),

@@ -25,8 +25,10 @@ def split(backbone, num_split=2, groups=3, **config) -> SuperNet:
     return grow(net, all_paths(groups, num_split), num_split).eval()
 
 
-@pytest.mark.parametrize("layer,teacher", KINDS)
-def test_an_extracted_path_is_bit_for_bit_the_active_one_and_a_stock_model(make_backbone, disturb, pixels, layer, teacher):
+@pytest.mark.parametrize(("layer", "teacher"), KINDS)
+def test_an_extracted_path_is_bit_for_bit_the_active_one_and_a_stock_model(
+    make_backbone, disturb, pixels, layer, teacher
+):
     backbone = make_backbone(layer)
     net = disturb(split(backbone, teacher=teacher))
     for row in [*range(9), *([SHARED] if teacher == "anchor" else [])]:
@@ -45,7 +47,7 @@ def test_paths_differ(make_backbone, disturb, pixels):
     assert gaps.min() > 1e-4
 
 
-@pytest.mark.parametrize("layer,teacher,groups", [(*kind, 2) for kind in KINDS] + [("basic", "anchor", 4)])
+@pytest.mark.parametrize(("layer", "teacher", "groups"), [(*kind, 2) for kind in KINDS] + [("basic", "anchor", 4)])
 def test_every_split_leaves_every_output_as_it_was(make_backbone, disturb, pixels, layer, teacher, groups):
     net = supernet(make_backbone(layer), Config(groups=groups, teacher=teacher)).eval()
     for num_split in range(1, STAGES + 1):
@@ -114,7 +116,7 @@ def test_the_full_net_is_its_slow_definition(make_backbone, disturb, pixels, lay
     torch.testing.assert_close(net.activate(SHARED)(pixels), slow_full_forward(net, pixels), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layer,teacher", KINDS)
+@pytest.mark.parametrize(("layer", "teacher"), KINDS)
 def test_what_a_path_does_not_use_is_bit_unchanged_after_momentum_and_decay(
     make_backbone, disturb, pixels, layer, teacher
 ):
@@ -185,7 +187,7 @@ def test_the_mean_over_groups_keeps_what_groups_agree_on(channels, ratio, groups
 
 
 @pytest.mark.parametrize(
-    "paths,num_split,message",
+    ("paths", "num_split", "message"),
     [
         ([(0, 0, 0, 3)], 1, r"paths: expected digits below \[1, 1, 1, 3\], received \(0, 0, 0, 3\)"),
         ([(0, 1, 0, 2)], 2, r"paths: expected digits below \[1, 1, 3, 3\]"),

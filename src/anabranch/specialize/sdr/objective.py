@@ -13,6 +13,7 @@ Check     : the teacher gets no gradient and is not asked at beta = 0; two proce
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def turns(path: Tensor, num_turns: int) -> Iterator[tuple[slice, int]]:
     bounds = [0, *changes.tolist(), len(path)]
     if len(bounds) - 1 > num_turns:
         raise ValueError(f"path: expected at most {num_turns} contiguous turns, received {len(bounds) - 1}")
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         yield slice(start, end), int(path[start])
 
 

@@ -12,7 +12,6 @@ Shapes    : N images with labels (N,) of K clusters, digits (K, P) of P split st
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from anabranch.data.streams import derived_seed
