@@ -34,6 +34,7 @@ def spoken(request):
 def test_every_bridge_offers_the_same(spoken):
     family, _ = spoken
     assert "tiny" in family.PRESETS
+    assert isinstance(family.FEATURES, str)
     for name, arguments in OFFERS.items():
         assert list(inspect.signature(getattr(family, name)).parameters)[: len(arguments)] == arguments, name
 
