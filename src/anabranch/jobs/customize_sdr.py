@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sub-net serves a task: neighbours on its labels, or where its images fall; extracted, proven, perhaps narrowed."""
+"""Which sub-net serves a task: by neighbours on its labels, or where its images fall; extracted and proven."""
 
 import statistics
 import time

@@ -4,7 +4,7 @@
 random-init       the network before it learned anything: the floor
 base              where all other arms start: phase 0
 continued         the base, trained on: the fair baseline
-multi-crop        the same with two small crops beside the two views: the "just train better" baseline, at twice the cost
+multi-crop        the same with two small crops beside the two views: "just train better", at twice the cost
 sdr               sub-nets of clusters found without labels; each task takes the one its images vote for
 sdr-random        the same images dealt to sub-nets without meaning: the floor
 sdr-no-kd         without distillation from the shared model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sub-net learns from which images at which step: pure functions of (seed, step), so a resumed run needs no replay.
+"""Which sub-net learns from which images when: pure functions of (seed, step), so a resumed run needs no replay.
 
 Round     : every path has one turn a round, in a new random order, and the shared model has A turns, A the least number
             that makes the round whole steps and the shared model's part of it at least `shared_share`.
