@@ -8,7 +8,7 @@ from anabranch.data.images import Images, Store
 from anabranch.data.streams import ShuffledIndices
 from anabranch.errors import UsageError
 from anabranch.jobs.embed import embed
-from anabranch.jobs.learners import LEARNERS, family_of, learner, learning_rate
+from anabranch.jobs.learners import LEARNERS, family_of, learner, training
 
 PRESENT = [name for name in LEARNERS if find_spec(f"anabranch.specialize.{name}")]
 
@@ -48,5 +48,5 @@ def test_features_leave_a_model_as_it_was(name, images):
 def test_names_and_rates():
     with pytest.raises(UsageError, match=r"no learner 'simsiem'[\s\S]*did you mean simsiam"):
         learner("simsiem")
-    assert learning_rate("mae", None) == 4e-3
-    assert learning_rate("mae", 0.0) == 0.0
+    assert training("mae") == {"optimizer": "adamw", "learning_rate": 4e-3, "weight_decay": 0.05}
+    assert training("simsiam", 0.0, 0.1) == {"optimizer": "sgd", "learning_rate": 0.0, "weight_decay": 0.1}
