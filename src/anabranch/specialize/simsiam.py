@@ -26,7 +26,7 @@ from anabranch.specialize.mae import Indices, step_generator
 from anabranch.train.seeding import seeded
 
 FAMILY = "resnet"
-OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY = "sgd", 0.03, 1e-4
+OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY = "sgd", 0.1, 1e-4
 """The bridge in models/ whose networks this trains."""
 
 
