@@ -15,25 +15,24 @@ from anabranch.jobs.measure import measure
 from anabranch.jobs.recipe_table import tables
 from anabranch.jobs.settings import MeasureSettings
 
-STEPS = 1500
 BATCH_SIZE = 64
 FEW_ARMS = ["random-init", "continued", "moce", "random-clusters"]
 EXPERIMENTS = {
-    # name: domains, first seed, seeds, experts, clusters, arms
-    "pair": (("garments", "digits"), 20, 15, 2, 8, FEW_ARMS),
-    "four": (("garments", "animals", "digits", "textures"), 0, 3, 4, 12, ARMS),  # the demo's
+    # name: domains, first seed, seeds, steps, experts, clusters, arms
+    "pair": (("garments", "digits"), 20, 15, 1500, 2, 8, FEW_ARMS),
+    "four": (("garments", "animals", "digits", "textures"), 0, 3, 1000, 4, 12, ARMS),  # the demo's
 }
 HERE = Path(__file__).parent
 
 
 def main(tiny: bool) -> None:
-    for name, (domains, first_seed, seeds, num_experts, num_clusters, arms) in EXPERIMENTS.items():
+    for name, (domains, first_seed, seeds, steps, num_experts, num_clusters, arms) in EXPERIMENTS.items():
         out = Path("runs") / (f"moce-{name}-tiny" if tiny else f"moce-{name}")
         settings = MeasureSettings(
             sources=tuple(f"patchwork:{domain}" for domain in domains),
             tasks=tuple(f"patchwork:{domain}" for domain in domains),
             out=out,
-            steps=60 if tiny else STEPS,
+            steps=60 if tiny else steps,
             seeds=2 if tiny else seeds,
             first_seed=first_seed,
             batch_size=BATCH_SIZE,
