@@ -15,7 +15,7 @@ wider            no experts, but as many hidden units as all experts together: i
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
 from anabranch.jobs.clusters import fingerprint
 from anabranch.jobs.corpus import at_most, mixture
+from anabranch.jobs.effects import mean_scores, picked_scores
 from anabranch.jobs.embed import embed
-from anabranch.jobs.measure import PRIMARY, Corpus, probe_tasks, shared_model, thinned, write_json
+from anabranch.jobs.measure import Corpus, probe_tasks, shared_model, thinned, write_json
 from anabranch.jobs.pretrain_experts import save_experts
 from anabranch.jobs.stages import pixel_statistics
-from anabranch.measure.probes import PROBES
 from anabranch.measure.semantics import pixel_routing, routing_semantics
 from anabranch.mixture.context import Context, route
 from anabranch.mixture.layer import routings
@@ -47,7 +47,6 @@ from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.publish import replace_folder
 
-PARTS = ("accuracy", "choose", "report")
 LOOK_IMAGES = 300
 """Test images of each task that the routers are watched on."""
 
@@ -259,29 +258,6 @@ def vote(
     labels = clusters.assign(embed(base, task.take(~task.is_test))).labels
     choice = choose(labels, table, "path")
     return choice.path, choice.coverage
-
-
-def picked_scores(corpus: Corpus, scores: list[dict[str, Any]], picked: dict[str, int]) -> dict[str, Any]:
-    """Every task's score with the model it picked, the mean of the models it did not pick, and all of them."""
-    right = {name: scores[mine][name] for name, mine in picked.items()}
-    wrong = {}
-    for task in corpus.tasks if len(scores) > 1 else ():  # a gate may have sent everything one way
-        others = [i for i in range(len(scores)) if i != picked[task.name]]
-        wrong[task.name] = mean_scores(corpus, scores, others)[task.name]
-    matrix = [[score[task.name][PRIMARY]["accuracy"] for task in corpus.tasks] for score in scores]
-    return {"scores": right, "picked": picked, "matrix": matrix, **({"wrong": wrong} if wrong else {})}
-
-
-def mean_scores(corpus: Corpus, scores: list[dict[str, Any]], models: Iterable[int]) -> dict[str, Any]:
-    """Every task's mean score over some of the models."""
-    chosen = [scores[i] for i in models]
-    return {
-        task.name: {
-            name: {part: float(np.mean([score[task.name][name][part] for score in chosen])) for part in PARTS}
-            for name in PROBES
-        }
-        for task in corpus.tasks
-    }
 
 
 def group_purity(groups: Tensor, domains: Tensor, num_groups: int) -> float:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the scores of the arms to differences with intervals: paired by seed, the primary one declared beforehand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from anabranch.jobs.measure import PRIMARY
+from anabranch.jobs.measure import PRIMARY, Corpus
 from anabranch.measure.intervals import Interval, interval
+from anabranch.measure.probes import PROBES
+
+PARTS = ("accuracy", "choose", "report")
 
 Results = dict[str, dict[int, dict[str, Any]]]
 """{arm: {seed: result of run_arm}}"""
@@ -27,6 +30,29 @@ COMPARISONS = {
     "experts of true domains, whole encoder, over the continued model": ("oracle-encoder", "continued"),
 }
 """Name of a difference: arm minus arm. `X wrong` is arm X with the experts that a task did not choose."""
+
+
+def picked_scores(corpus: Corpus, scores: list[dict[str, Any]], picked: dict[str, int]) -> dict[str, Any]:
+    """Every task's score with the model it picked, the mean of the models it did not pick, and all of them."""
+    right = {name: scores[mine][name] for name, mine in picked.items()}
+    wrong = {}
+    for task in corpus.tasks if len(scores) > 1 else ():  # a gate may have sent everything one way
+        others = [i for i in range(len(scores)) if i != picked[task.name]]
+        wrong[task.name] = mean_scores(corpus, scores, others)[task.name]
+    matrix = [[score[task.name][PRIMARY]["accuracy"] for task in corpus.tasks] for score in scores]
+    return {"scores": right, "picked": picked, "matrix": matrix, **({"wrong": wrong} if wrong else {})}
+
+
+def mean_scores(corpus: Corpus, scores: list[dict[str, Any]], models: Iterable[int]) -> dict[str, Any]:
+    """Every task's mean score over some of the models."""
+    chosen = [scores[i] for i in models]
+    return {
+        task.name: {
+            name: {part: float(np.mean([score[task.name][name][part] for score in chosen])) for part in PARTS}
+            for name in PROBES
+        }
+        for task in corpus.tasks
+    }
 
 
 def by_arm(results: dict[str, Any]) -> Results:
@@ -56,10 +82,15 @@ def verdict(found: Interval) -> str:
     return {"positive": "shown", "negative": "hurts", "open": "not shown"}[found.verdict]
 
 
-def effects(arms: Results, tasks: list[str], probe: str = PRIMARY) -> list[dict[str, Any]]:
+def effects(
+    arms: Results,
+    tasks: list[str],
+    probe: str = PRIMARY,
+    comparisons: Mapping[str, tuple[str, str]] = COMPARISONS,
+) -> list[dict[str, Any]]:
     """All comparisons whose arms were run, over all tasks and for each."""
     made = []
-    for name, (left, right) in COMPARISONS.items():
+    for name, (left, right) in comparisons.items():
         if left not in arms or right not in arms:
             continue
         found = difference(arms, left, right, tasks, probe)

@@ -20,60 +20,9 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
     """Verdicts, matrix, arms, differences, routing semantics and learning curves."""
     parts = [
         f"{len(result['seeds'])} seeds, {result['steps']} + {result['steps']} steps of {result['batch_size']} images, "
-        f"{result['num_experts']} experts, {result['num_clusters']} clusters; linear probe with {result['num_labels']} "
-        "labels; points, 95 % t-intervals over seeds, paired.",
-        "**Verdict for each task** (" + transfer["budget_in_words"] + ")",
-        table(
-            ["task", "verdict", "cause", "gap_own", "specificity", "best source", "NTG"],
-            [
-                [
-                    t["task"],
-                    t["verdict"],
-                    t["cause"],
-                    cell(t["gap_own"]),
-                    cell(t["specificity"]),
-                    t["best"],
-                    cell(t["ntg"]),
-                ]
-                for t in transfer["tasks"]
-            ]
-            + [["mean", "", "", cell(transfer["mean_gap_own"]), cell(transfer["mean_specificity"]), "", ""]],
-        ),
-        "**Transfer matrix**: accuracy in percent, rows learned from, columns wanted",
-        matrix(transfer),
-    ]
-    if transfer["harm"]:
-        parts += [
-            "**Harm**: points gained by leaving a source out",
-            table(
-                ["left out", *result["tasks"]],
-                [[name, *map(cell, row)] for name, row in zip(transfer["sources"], transfer["harm"], strict=True)],
-            ),
-        ]
-    parts += [
-        "**Differences between arms** (mean over tasks first; primary score)",
-        table(
-            ["difference", "arms", "mean", "verdict", "kNN", *result["tasks"]],
-            [
-                [
-                    e["name"],
-                    f"{e['left']} - {e['right']}",
-                    cell(e),
-                    e["verdict"],
-                    cell(k),
-                    *(cell(e["tasks"][t]) for t in result["tasks"]),
-                ]
-                for e, k in zip(result["effects"], result["effects_knn"], strict=True)
-            ],
-        ),
-        "**Every arm**: accuracy in percent",
-        table(
-            ["arm", "mean", *result["tasks"]],
-            [
-                [name, f"{level['mean']['mean']:.1f}", *(f"{level['tasks'][t]['mean']:.1f}" for t in result["tasks"])]
-                for name, level in result["levels"].items()
-            ],
-        ),
+        f"{result['num_experts']} experts, {result['num_clusters']} clusters; {scores_in_words(result)}",
+        *diagnosis(transfer, result["tasks"]),
+        *arms(result),
         "**What the routers look at** (mean over seeds)",
         table(
             ["router", "layer", "NMI with cluster", "NMI with domain", "tokens agreeing", "R² on patch look"],
@@ -87,9 +36,60 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
         + ", ".join(f"{task} {share:.2f}" for task, share in result["coverage"].items()),
         "**Learning curves**: accuracy, mean over tasks, at steps of the first stage",
         learning_curves(transfer),
-        f"Processor time: {(transfer['seconds'] + result['seconds']) / 60:.0f} minutes in all.",
+        processor_time(transfer, result),
     ]
     return "\n\n".join(parts)
+
+
+def scores_in_words(result: dict[str, Any]) -> str:
+    return f"linear probe with {result['num_labels']} labels; points, 95 % t-intervals over seeds, paired."
+
+
+def processor_time(transfer: dict[str, Any], result: dict[str, Any]) -> str:
+    return f"Processor time: {(transfer['seconds'] + result['seconds']) / 60:.0f} minutes in all."
+
+
+def diagnosis(transfer: dict[str, Any], tasks: Sequence[str]) -> list[str]:
+    """Where sharing hurts: the verdict for each task, the matrix, and harm where it was measured."""
+    keys = ("task", "verdict", "cause", "gap_own", "specificity", "best", "ntg")
+    rows = [[cell(t[key]) if isinstance(t[key], dict) else t[key] for key in keys] for t in transfer["tasks"]]
+    mean = ["mean", "", "", cell(transfer["mean_gap_own"]), cell(transfer["mean_specificity"]), "", ""]
+    parts = [
+        "**Verdict for each task** (" + transfer["budget_in_words"] + ")",
+        table(["task", "verdict", "cause", "gap_own", "specificity", "best source", "NTG"], [*rows, mean]),
+        "**Transfer matrix**: accuracy in percent, rows learned from, columns wanted",
+        matrix(transfer),
+    ]
+    if transfer["harm"]:
+        harm = [[name, *map(cell, row)] for name, row in zip(transfer["sources"], transfer["harm"], strict=True)]
+        parts += ["**Harm**: points gained by leaving a source out", table(["left out", *tasks], harm)]
+    return parts
+
+
+def arms(result: dict[str, Any]) -> list[str]:
+    """What was gained over what, and the level of every arm."""
+    tasks = result["tasks"]
+    differences = [
+        [
+            e["name"],
+            f"{e['left']} - {e['right']}",
+            cell(e),
+            e["verdict"],
+            cell(k),
+            *(cell(e["tasks"][t]) for t in tasks),
+        ]
+        for e, k in zip(result["effects"], result["effects_knn"], strict=True)
+    ]
+    levels = [
+        [name, f"{level['mean']['mean']:.1f}", *(f"{level['tasks'][t]['mean']:.1f}" for t in tasks)]
+        for name, level in result["levels"].items()
+    ]
+    return [
+        "**Differences between arms** (mean over tasks first; primary score)",
+        table(["difference", "arms", "mean", "verdict", "kNN", *tasks], differences),
+        "**Every arm**: accuracy in percent",
+        table(["arm", "mean", *tasks], levels),
+    ]
 
 
 def matrix(transfer: dict[str, Any]) -> str:

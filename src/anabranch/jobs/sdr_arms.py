@@ -27,11 +27,11 @@ from anabranch.allocate.clusters import sinkhorn, tree
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.data.views import Views
-from anabranch.jobs.arms import mean_scores, picked_scores
 from anabranch.jobs.corpus import at_most, mixture
+from anabranch.jobs.effects import mean_scores, picked_scores
 from anabranch.jobs.embed import embed
 from anabranch.jobs.learners import learner, training
-from anabranch.jobs.measure import Corpus, heads_file, probe_tasks, shared_model, thinned
+from anabranch.jobs.measure import PRIMARY, Corpus, heads_file, probe_tasks, shared_model, thinned
 from anabranch.models import resnet
 from anabranch.reuse.nearest import best, leave_one_out
 from anabranch.specialize.sdr import phases, supernet
@@ -214,9 +214,17 @@ def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     votes = {task.name: vote(base, clusters, planned[-1], task) for task in bench.corpus.tasks}
     result |= picked_scores(bench.corpus, scores, {name: row for name, (row, _) in votes.items()})
     result["coverage"] = {name: share for name, (_, share) in votes.items()}
+    result["regret"] = {name: lost(scores, name, row) for name, (row, _) in votes.items()}
     if arm.name == "sdr":
         result |= by_neighbours(bench, arm, [*([shared] if shared is not None else []), *models], scores, result)
     return result
+
+
+def lost(scores: list[dict[str, Any]], task: str, row: int) -> float:
+    """What the best sub-net, found on half of the test images, has over the chosen one on the other half."""
+    linear = [score[task][PRIMARY] for score in scores]
+    winner = best([score["choose"] for score in linear])
+    return float(linear[winner]["report"] - linear[row]["report"])
 
 
 def train_phases(

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SDR on the shipped corpus: the diagnostic under SimSiam, the method, and every arm that it has to be compared with.
+
+python recipes/sdr/recipe.py           # half an hour on two idle cores; rewrites README.md
+python recipes/sdr/recipe.py --tiny    # a smoke run in under three minutes; writes nothing but its run folder
+"""
+
+import sys
+from pathlib import Path
+
+from anabranch.jobs.measure import measure
+from anabranch.jobs.sdr_arms import SdrArmSettings
+from anabranch.jobs.sdr_compare import compare_subnets, tables
+from anabranch.jobs.settings import MeasureSettings
+
+DOMAINS = ("garments", "animals", "digits", "textures")
+STEPS, BATCH_SIZE = 1000, 64
+FIRST_SEED, SEEDS = 0, 3
+HERE = Path(__file__).parent
+START, END = "<!-- written by recipe.py -->", "<!-- end -->"
+
+
+def settings(tiny: bool) -> MeasureSettings:
+    out = Path("runs") / ("sdr-four-tiny" if tiny else "sdr-four")
+    specs = tuple(f"patchwork:{domain}" for domain in DOMAINS[: 2 if tiny else None])
+    return MeasureSettings(
+        sources=specs,
+        tasks=specs,
+        out=out,
+        objective="simsiam",
+        preset="narrow",
+        steps=40 if tiny else STEPS,
+        seeds=1 if tiny else SEEDS,
+        first_seed=FIRST_SEED,
+        batch_size=BATCH_SIZE,
+        probe_points=1 if tiny else 3,
+        resume=out.exists(),
+    )
+
+
+def main(tiny: bool) -> None:
+    given = settings(tiny)
+    # 1. pre-train on every source and on all; probe every task: the transfer matrix, and phase 0 for every seed
+    transfer = measure(given)
+    # 2. cluster the features of phase 0, grow the tree, split the net phase by phase; and every arm beside it
+    budget = SdrArmSettings(
+        base_steps=given.steps, steps=given.steps, batch_size=BATCH_SIZE, groups=2 if tiny else 4, split_stages=2
+    )
+    result = compare_subnets(given, budget)
+    # 3. the tables
+    text = tables(transfer, result)
+    if not tiny:
+        before, after = (HERE / "README.md").read_text(encoding="utf-8").split(START)
+        after = after.partition(END)[2]
+        (HERE / "README.md").write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main("--tiny" in sys.argv[1:])

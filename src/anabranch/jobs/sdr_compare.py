@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the arms of the experiment with sub-nets on a finished measurement, and say what came out, with what it cost."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from anabranch import __version__
+from anabranch.jobs.effects import Results, by_arm, effects, level
+from anabranch.jobs.measure import _plain, open_corpus, run_cells, write_json
+from anabranch.jobs.recipe_table import arms as arm_tables
+from anabranch.jobs.recipe_table import cell, diagnosis, learning_curves, processor_time, scores_in_words, table
+from anabranch.jobs.sdr_arms import SdrArm, SdrArmSettings, SdrBench, run_sdr_arm
+from anabranch.jobs.settings import MeasureSettings
+from anabranch.measure.intervals import interval
+from anabranch.train.run_folder import RunFolder
+from anabranch.train.signals import StopFlag
+
+COMPARISONS = {
+    "right sub-net over wrong ones": ("sdr", "sdr wrong"),
+    "sub-nets of clusters over random ones": ("sdr", "sdr-random"),
+    "sub-nets over the continued model": ("sdr", "continued"),
+    "sub-nets chosen by neighbours over the continued model": ("sdr by neighbours", "continued"),
+    "the shared model beside sub-nets over the continued one": ("sdr shared", "continued"),
+    "sub-nets over the shared model beside them": ("sdr", "sdr shared"),
+    "with distillation over without": ("sdr", "sdr-no-kd"),
+    "progressive over all at once": ("sdr", "sdr-at-once"),
+    "sub-nets over one model a cluster": ("sdr", "separate"),
+    "one model a cluster over the continued model": ("separate", "continued"),
+    "one model a true domain over the continued model": ("oracle", "continued"),
+    "right domain's model over wrong ones": ("oracle", "oracle wrong"),
+    "small crops beside the views over the continued model": ("multi-crop", "continued"),
+    "the full net as teacher over the anchor": ("sdr-supernet", "sdr"),
+}
+ARMS = (
+    *("random-init", "base", "continued", "multi-crop", "sdr", "sdr-random"),
+    *("sdr-no-kd", "sdr-at-once", "separate", "oracle"),
+)
+
+
+def compare_subnets(settings: MeasureSettings, budget: SdrArmSettings, wanted: Sequence[str] = ARMS) -> dict[str, Any]:
+    """Train the wanted arms for all seeds of a finished measurement; writes and returns sdr.json."""
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    cells = [SdrArm(name, seed) for seed in seeds for name in wanted]
+    with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), resume=True) as run:
+        bench = SdrBench(budget, open_corpus(settings), run.path)
+        made_with = {"arms": asdict(budget), "measure": _plain(settings), "version": __version__}
+        results = run_cells(run.path / "arms", cells, run_sdr_arm, bench, made_with, settings.workers, stop)
+        summary = summarise(results, [task.name for task in bench.corpus.tasks], budget)
+        write_json(run.path / "sdr.json", summary)
+    return summary
+
+
+def summarise(results: dict[str, Any], tasks: list[str], budget: SdrArmSettings) -> dict[str, Any]:
+    found = with_choices(by_arm(results))
+    plain = {name for name in found if "account" in next(iter(found[name].values()))}
+    return {
+        "tasks": tasks,
+        **asdict(budget),
+        "num_paths": budget.num_paths,
+        "seeds": sorted(next(iter(found.values()))),
+        "effects": effects(found, tasks, comparisons=COMPARISONS),
+        "effects_knn": effects(found, tasks, "knn", comparisons=COMPARISONS),
+        "levels": {
+            name: {
+                "mean": level(found, name, tasks).as_dict(),
+                "tasks": {task: level(found, name, [task]).as_dict() for task in tasks},
+            }
+            for name in found
+        },
+        "accounts": {name: next(iter(found[name].values()))["account"] for name in found if name in plain},
+        "cpu_seconds": {name: mean(found[name], "cpu_seconds") for name in plain},
+        "coverage": {t: float(np.mean([r["coverage"][t] for r in found["sdr"].values()])) for t in tasks},
+        "regret": regret(found, tasks).as_dict(),
+        "losses": {name: next(iter(runs.values()))["losses"] for name, runs in found.items() if has_losses(runs)},
+        "seconds": sum(result["seconds"] for result in results.values()),
+    }
+
+
+def with_choices(found: Results) -> Results:
+    """The same sub-nets chosen otherwise are arms of their own."""
+    runs = found["sdr"].items()
+    return found | {
+        "sdr by neighbours": {seed: {"scores": result["by_neighbours"]["scores"]} for seed, result in runs},
+        "sdr shared": {seed: {"scores": result["shared"]} for seed, result in runs},
+    }
+
+
+def mean(runs: dict[int, dict[str, Any]], key: str) -> float:
+    return float(np.mean([result[key] for result in runs.values()]))
+
+
+def has_losses(runs: dict[int, dict[str, Any]]) -> bool:
+    return "losses" in next(iter(runs.values()))
+
+
+def regret(found: Results, tasks: list[str]) -> Any:
+    """Points by which the sub-net that is best on one half of the test images beats the chosen one on the other."""
+    return interval([np.mean([result["regret"][task] for task in tasks]) for result in found["sdr"].values()])
+
+
+def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
+    """Everything that the recipe's README prints."""
+    spent = result["accounts"]
+    names = ("total_steps", "images_seen", "steps_touching_path", "images_seen_by_path")
+    cost = [
+        [name, *(f"{spent[name][key]:,.0f}" for key in names), f"{result['cpu_seconds'][name]:.0f}"] for name in spent
+    ]
+    parts = [
+        f"{len(result['seeds'])} seeds, {result['base_steps']} + {result['steps']} steps of {result['batch_size']} "
+        f"images, {result['num_paths']} sub-nets ({result['groups']} groups in each of {result['split_stages']} "
+        f"stages); {scores_in_words(result)}",
+        *diagnosis(transfer, result["tasks"]),
+        *arm_tables(result),
+        "**What it cost**: steps and images in all, and of them what reached the model that a task is given; processor "
+        "seconds of the second stage with its probes, mean over seeds",
+        table(["arm", "steps", "images", "steps on the path", "images on the path", "CPU s"], cost),
+        "Share of a task's images in the clusters of its sub-net: "
+        + ", ".join(f"{task} {share:.2f}" for task, share in result["coverage"].items())
+        + f". The best sub-net (found on half of the test images) beats the chosen one by {cell(result['regret'])} points "
+        "on the other half.",
+        "**Learning curves**: accuracy, mean over tasks, at steps of the first stage",
+        learning_curves(transfer),
+        processor_time(transfer, result),
+    ]
+    return "\n\n".join(parts)
