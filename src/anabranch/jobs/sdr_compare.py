@@ -119,7 +119,7 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
         table(["arm", "steps", "images", "steps on the path", "images on the path", "CPU s"], cost),
         "Share of a task's images in the clusters of its sub-net: "
         + ", ".join(f"{task} {share:.2f}" for task, share in result["coverage"].items())
-        + f". The best sub-net (found on half of the test images) beats the chosen one by {cell(result['regret'])} points "
+        + f". The best sub-net (found on half of the test images) beats the chosen by {cell(result['regret'])} points "
         "on the other half.",
         "**Learning curves**: accuracy, mean over tasks, at steps of the first stage",
         learning_curves(transfer),
