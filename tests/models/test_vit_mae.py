@@ -57,6 +57,18 @@ def test_decoder_knows_where_a_patch_is(model):
     assert torch.cdist(positions, positions).fill_diagonal_(1).min() > 0.1
 
 
+def test_encoder_knows_where_a_patch_is(model, images):
+    """transformers takes the embeddings for initialised and leaves zeros; then the order of the patches is lost."""
+    positions = model.vit.embeddings.position_embeddings[0, 1:]
+    assert torch.cdist(positions, positions).fill_diagonal_(1).min() > 0.1
+    assert not model.vit.embeddings.position_embeddings.requires_grad
+    assert model.vit.embeddings.cls_token.abs().sum() > 0
+    moved = images.roll(model.config.patch_size, dims=-1)
+    with torch.no_grad():
+        before, after = (vit_mae.pooled(vit_mae.encode(model, pixels)) for pixels in (images, moved))
+    assert (before - after).abs().max() > 1e-3
+
+
 def test_plain_vit_gives_the_same_tokens(model, images):
     with torch.no_grad():
         assert torch.equal(vit_mae.to_vit(model)(images).last_hidden_state, vit_mae.encode(model, images))

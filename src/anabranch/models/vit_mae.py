@@ -6,8 +6,8 @@ Equation  : L = sum over masked patches of mean((yhat - y)^2) / number of masked
             norm_pix: y <- (y - mean(y)) / sqrt(var(y) + norm_pix_eps), per patch.
 Shapes    : B images, C channels, S pixels a side, L patches, V visible ones, D width, P values a patch.
 Differs   : the variance epsilon is an option (1e-6 in the paper's code; 1e-3 keeps flat patches of small images quiet).
-            A model built by transformers 5.x starts with decoder positions of zero, frozen, so that its decoder cannot
-            tell patches apart; `build` restores the sine-cosine table.
+            A model that transformers 5.x builds starts with positions of zero, frozen: neither encoder nor decoder can
+            tell patches apart; `build` restores the sine-cosine tables (and the encoder's class token and projection).
 Check     : `masked_loss` equals the loss of ViTMAEForPreTraining, `encode` the tokens of ViTModel
             (tests/models/test_vit_mae.py).
 """
@@ -168,9 +168,19 @@ def fresh(config: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers().ViTMAEForPreTraining(config)
+        _restore_embeddings(model)
     _restore_decoder_positions(model)
     num_visible(model)
     return model.eval()
+
+
+def _restore_embeddings(model: nn.Module) -> None:
+    """transformers 5 initialises the patch projection first and then takes the whole module for finished."""
+    embeddings = model.vit.embeddings
+    if embeddings.position_embeddings.abs().sum() == 0:
+        for marked in (embeddings.patch_embeddings.projection, *embeddings.parameters()):
+            marked._is_hf_initialized = False
+        embeddings.initialize_weights()
 
 
 def _restore_decoder_positions(model: nn.Module) -> None:
