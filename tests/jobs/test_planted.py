@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planted conflict must be one: one model a code beats the shared model at equal images and steps.
 
-Setting and seeds are those of the recipe. About five CPU-minutes.
+Setting and seeds are those of the recipe. At most fourteen minutes of one core (measured on a busy one).
 """
 
 import pytest
