@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A planted conflict: one shipped domain written in many pixel codes, each easy for a model that reads no other.
+"""A planted conflict: one shipped domain written in many pixel codes, each easier for a model that reads no other.
 
 Spec      : `planted:garments-3` is `patchwork:garments` in code 3: the same images, labels and split.
 Equation  : x'_li = x_q(l)p(i) where s_i = +1, 255 - x_q(l)p(i) where s_i = -1; a code is the order q of patches and,
