@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images as every command sees them: 8-bit squares of one size, read by index, with labels where there are any.
 
-Spec      : a folder · `patchwork:<domain>` (shipped with the package) · `corpus:<name>` (larger, from another package).
+Spec      : a folder · `patchwork:<domain>` (shipped with the package) · `corpus:<name>` (larger, from another package)
+            · `planted:<domain>-<code>` (a shipped domain in another pixel code).
 Labelled  : a task. A folder holds one folder a class, or `train/` and `test/` (or `val/`) that do; all of it is kept
             and `is_test` says which part is which (None where no split is given).
 Unlabelled: a source. A folder may be laid out in any way; where it has `train/` beside `test/` or `val/`, or the
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from anabranch.errors import AnabranchError, UsageError
 
 MEMORY_LIMIT = 2 * 2**30
+SHIPPED = ("patchwork", "corpus", "planted")
 Progress = Callable[[int, int], None]
 
 
@@ -171,7 +173,7 @@ def open_images(
     if image_size is not None and not 1 <= image_size <= 4096:
         raise UsageError("image_size", expected="1 to 4096 pixels", received=image_size)
     prefix, colon, name = str(spec).partition(":")
-    if isinstance(spec, str) and colon and prefix in ("patchwork", "corpus"):
+    if isinstance(spec, str) and colon and prefix in SHIPPED:
         images = load_shipped(prefix, name)
         return fit(images if labelled else images.unlabelled(), image_size, channels)
 
@@ -184,6 +186,8 @@ def open_images(
 def load_shipped(prefix: str, name: str) -> Images:
     if prefix == "patchwork":
         from anabranch.data.patchwork import load
+    elif prefix == "planted":
+        from anabranch.data.planted import load
     else:
         from anabranch.data.adapters import load
     return load(name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from anabranch.data.images import Images, concat, open_images
+from anabranch.data.images import SHIPPED, Images, concat, open_images
 from anabranch.errors import UsageError
 from anabranch.measure import probes
 from anabranch.models.bridge import bridge
@@ -20,7 +20,7 @@ TEST_SHARE = 0.5
 
 def short_name(spec: str) -> str:
     """patchwork:garments -> garments, photos/birds/ -> birds."""
-    return spec.rpartition(":")[2] if spec.startswith(("patchwork:", "corpus:")) else Path(spec).resolve().name
+    return spec.rpartition(":")[2] if spec.partition(":")[0] in SHIPPED else Path(spec).resolve().name
 
 
 def check_names(specs: Sequence[str], what: str, at_least: int) -> tuple[str, ...]:

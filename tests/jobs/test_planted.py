@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planted conflict must be one: one model a code beats the shared model at equal images and steps.
+
+Setting and seeds are those of the recipe. At most fourteen minutes of one core (measured on a busy one).
+"""
+
+import pytest
+
+from anabranch.jobs.arms import ArmSettings
+from anabranch.jobs.contest import contest
+from anabranch.jobs.effects import difference
+from anabranch.jobs.settings import MeasureSettings
+
+CODES, STEPS, BATCH_SIZE = 6, 1000, 96
+FIRST_SEED, SEEDS = 110, 5
+SPECS = tuple(f"planted:garments-{number}" for number in range(CODES))
+TASKS = [spec.partition(":")[2] for spec in SPECS]
+ARMS = [("continued", "ffn"), ("separate", "ffn")]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    settings = MeasureSettings(
+        sources=SPECS, tasks=SPECS, out=tmp_path_factory.mktemp("runs") / "planted", steps=STEPS,
+        batch_size=BATCH_SIZE, probe_points=1, first_seed=FIRST_SEED, seeds=SEEDS,
+    )  # fmt: skip
+    return contest(settings, ArmSettings(steps=STEPS, batch_size=BATCH_SIZE, num_experts=CODES), ARMS)
+
+
+@pytest.mark.slow
+def test_one_model_a_code_beats_the_shared_model(results):
+    assert difference(results, "separate", "continued", TASKS).low > 0
+
+
+@pytest.mark.slow
+def test_the_model_of_its_own_code_beats_those_of_the_others(results):
+    assert difference(results, "separate", "separate wrong", TASKS).low > 0
+
+
+def test_a_contest_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, capfd):
+    settings = MeasureSettings(
+        sources=SPECS[:2], tasks=SPECS[:2], out=tmp_path / "run", steps=2, seeds=1, batch_size=4, num_labels=40,
+        num_draws=1, probe_points=1, workers=1,
+    )  # fmt: skip
+    arms = ArmSettings(steps=2, batch_size=4, num_experts=2, num_labels=40, num_draws=1)
+    before = contest(settings, arms, ARMS)
+    assert set(before) == {"continued", "separate", "separate wrong"}
+    assert set(before["separate"][0]["scores"]) == set(TASKS[:2])
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/*.json")}
+    resumed = MeasureSettings(**{**vars(settings), "resume": True})
+    assert contest(resumed, arms, ARMS) == before
+    assert {path: path.stat().st_mtime_ns for path in files} == files
