@@ -106,6 +106,12 @@ def level(arms: Results, arm: str, tasks: list[str], probe: str = PRIMARY) -> In
     return interval([np.mean([score(result, t, probe) for t in tasks]) for result in arms[arm].values()])
 
 
+def arm_seconds(arms: Results) -> dict[str, float]:
+    """Time of each arm, mean over seeds."""
+    timed = {name: [r["seconds"] for r in runs.values() if "seconds" in r] for name, runs in arms.items()}
+    return {name: float(np.mean(seconds)) for name, seconds in timed.items() if seconds}
+
+
 def after_routing(arms: Results, tasks: list[str]) -> list[list[dict[str, Any]]]:
     """Rows: the expert that a domain's task picked; columns: tasks; accuracy minus that of the continued model."""
     rows = []

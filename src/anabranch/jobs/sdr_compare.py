@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anabranch import __version__
-from anabranch.jobs.effects import Results, by_arm, effects, level
+from anabranch.jobs.effects import Results, arm_seconds, by_arm, effects, level
 from anabranch.jobs.measure import _plain, open_corpus, run_cells, write_json
 from anabranch.jobs.recipe_table import arms as arm_tables
 from anabranch.jobs.recipe_table import cell, diagnosis, learning_curves, processor_time, scores_in_words, table
@@ -71,7 +71,7 @@ def summarise(results: dict[str, Any], tasks: list[str], budget: SdrArmSettings)
             for name in found
         },
         "accounts": {name: next(iter(found[name].values()))["account"] for name in found if name in plain},
-        "cpu_seconds": {name: mean(found[name], "cpu_seconds") for name in plain},
+        "arm_seconds": arm_seconds(found),
         "coverage": {t: float(np.mean([r["coverage"][t] for r in found["sdr"].values()])) for t in tasks},
         "regret": regret(found, tasks).as_dict(),
         "losses": {name: next(iter(runs.values()))["losses"] for name, runs in found.items() if has_losses(runs)},
@@ -88,10 +88,6 @@ def with_choices(found: Results) -> Results:
     }
 
 
-def mean(runs: dict[int, dict[str, Any]], key: str) -> float:
-    return float(np.mean([result[key] for result in runs.values()]))
-
-
 def has_losses(runs: dict[int, dict[str, Any]]) -> bool:
     return "losses" in next(iter(runs.values()))
 
@@ -106,7 +102,7 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
     spent = result["accounts"]
     names = ("total_steps", "images_seen", "steps_touching_path", "images_seen_by_path")
     cost = [
-        [name, *(f"{spent[name][key]:,.0f}" for key in names), f"{result['cpu_seconds'][name]:.0f}"] for name in spent
+        [name, *(f"{spent[name][key]:,.0f}" for key in names), f"{result['arm_seconds'][name]:.0f}"] for name in spent
     ]
     parts = [
         f"{len(result['seeds'])} seeds, {result['base_steps']} + {result['steps']} steps of {result['batch_size']} "
@@ -116,7 +112,7 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
         *arm_tables(result),
         "**What it cost**: steps and images in all, and of them what reached the model that a task is given; processor "
         "seconds of the second stage with its probes, mean over seeds",
-        table(["arm", "steps", "images", "steps on the path", "images on the path", "CPU s"], cost),
+        table(["arm", "steps", "images", "steps on the path", "images on the path", "seconds"], cost),
         "Share of a task's images in the clusters of its sub-net: "
         + ", ".join(f"{task} {share:.2f}" for task, share in result["coverage"].items())
         + f". The best sub-net (found on half of the test images) beats the chosen by {cell(result['regret'])} points "
