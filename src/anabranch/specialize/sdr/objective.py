@@ -7,7 +7,8 @@ Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_
             z_0 from W_0 with its running statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
 Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
 Differs   : L_kd and its schedule are ours. The shared model has turns of its own in a fixed share of the steps, instead
-            of a coin toss. Heads are common to all paths, their running statistics are not.
+            of a coin toss. Heads are common to all paths, their running statistics are not. BYOL's target is a copy of
+            the super-net that starts anew with each phase and moves on the paths of a step alone.
 Check     : the teacher gets no gradient and is not asked at beta = 0; two processes equal one
             (tests/specialize/sdr/test_objective.py).
 """
