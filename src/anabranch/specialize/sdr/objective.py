@@ -177,7 +177,8 @@ class SubnetLearning(nn.Module):
         for found, values in zip(everyones_rows, everyones, strict=True):
             start = 0
             for buffer in [b for row in found.tolist() for b in self.statistics(row)]:
-                buffer.copy_(values[start : start + buffer.numel()])
+                # past autograd: the backward to come holds these buffers and, having batch statistics, never reads them
+                buffer.data.copy_(values[start : start + buffer.numel()].view_as(buffer))
                 start += buffer.numel()
 
     def statistics(self, row: int) -> Iterator[Tensor]:
