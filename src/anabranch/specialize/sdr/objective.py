@@ -8,8 +8,8 @@ Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_
 Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
 Differs   : L_kd and its schedule are ours. The shared model has turns of its own in a fixed share of the steps, instead
             of a coin toss. Heads are common to all paths, their running statistics are not.
-Check     : the teacher gets no gradient and is not asked at beta = 0; two processes equal one
-            (tests/specialize/sdr/test_objective.py).
+Check     : the teacher gets no gradient and is not asked at beta = 0 (tests/specialize/sdr/test_objective.py);
+            two processes equal one (tests/jobs/test_sdr.py).
 """
 
 import copy
