@@ -61,6 +61,7 @@ def model_card(said: dict[str, Any], config: Any) -> str:
     more = " `customize.json` holds the histogram." if said.get("histogram") is not None else ""
     warnings = "".join(f"\n* {warning}" for warning in said["warnings"]) or "\nNone."
     model = opened(config.model_type, "PATH")
+    timed = f"\n| milliseconds an image, where it was made | {said['latency_ms']:.2f} |" if "latency_ms" in said else ""
     return f"""---
 library_name: transformers
 tags: [{words.tags}, {said["method"]}]
@@ -82,7 +83,7 @@ classifier = AutoModelForImageClassification.from_pretrained("PATH", num_labels=
 | --- | --- |
 | images | {size_of(config, said)} |
 | parameters | {said["parameters"]:,} |
-| multiply-accumulates an image | {said["macs"]:,} |
+| multiply-accumulates an image | {said["macs"]:,} |{timed}
 
 ## How it was chosen
 {how}{more}

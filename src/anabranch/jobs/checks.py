@@ -44,7 +44,26 @@ def check_settings(settings: PretrainSettings) -> None:
         raise UsageError("--clusters is no number", expected="a number, or auto", received=settings.clusters)
     if settings.method in AUTOENCODERS:
         check_experts(settings)
+    if settings.method == "sdr":
+        check_shares(settings)
     refuse_ignored(settings)
+
+
+def check_shares(settings: PretrainSettings) -> None:
+    """Shares of nothing, or of all, that would leave no sub-nets."""
+    for name, nothing, why in (
+        ("split_ratio", True, "sub-nets need channels in common and channels of their own"),
+        ("anchor_share", False, "the sub-nets would have no turn"),
+        ("base_share", False, "no step would be left after phase 0"),
+    ):
+        value = getattr(settings, name)
+        if value == 1 or (nothing and value == 0):
+            raise UsageError(
+                f"{name}={value:g}: {why}",
+                expected="above 0 and below 1" if nothing else "below 1",
+                received=value,
+                hint=f"--set {name}={getattr(PretrainSettings, name)}",
+            )
 
 
 def check_experts(settings: PretrainSettings) -> None:

@@ -30,6 +30,7 @@ def customize(settings: CustomizeSettings) -> dict[str, Any]:
     if not settings.task:
         raise UsageError("no task was named", expected="--task DIR", hint="a folder of the task's images")
     summary = read_summary(settings.run)
+    check_keep(settings, summary["method"])
     task = open_task(settings, read_config(settings.run / ("base" if summary["method"] in CHOICES else "model")))
     dense, said = chosen_model(settings, task, summary)
     said["warnings"] += foreign_pixels(summary, task)
@@ -49,6 +50,18 @@ def customize(settings: CustomizeSettings) -> dict[str, Any]:
     publish_folder(lambda folder: write_model(folder, plain, processor, said), settings.out)
     tell(said, settings.out, plain.config.model_type)
     return said
+
+
+def check_keep(settings: CustomizeSettings, method: str) -> None:
+    """A share of channels, and of sub-nets alone."""
+    if not 0 < settings.keep <= 1:
+        raise UsageError("keep is no share of channels", expected="above 0 and at most 1", received=settings.keep)
+    if settings.keep < 1 and method != "sdr":
+        raise UsageError(
+            f"keep would change nothing: a model of {method} has no groups of channels",
+            received=settings.keep,
+            hint="leave keep out, or a run of pretrain --method sdr",
+        )
 
 
 def chosen_model(

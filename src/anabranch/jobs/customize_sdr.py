@@ -42,27 +42,42 @@ def choose_and_extract(
     check_encoder(clusters, base, settings.run)
     net, of_cluster = load_subnets(settings.run)
     found = clusters.assign(embed(base, task))
-    counts = torch.zeros(len(net.paths), dtype=torch.int64).index_add_(
-        0, of_cluster, torch.bincount(found.labels, minlength=len(clusters))
-    )
+    counts = images_of_paths(found.labels, of_cluster, len(net.paths))
     if settings.select == "knn":
         row, said = by_labels(net, base, counts, task)
     else:
         row, said = by_histogram(counts, found.distance, found.labels, of_cluster)
+    said["outside_share"] = float((found.distance > clusters.health["distance_p95"]).float().mean())
+    said["warnings"] += outside_warning(said["outside_share"])
+    dense, facts = extracted(net, base, row, task, settings.keep)
+    said["how"] += facts.pop("how", "")
+    path = None if row == BASE else net.path_of(row)
+    said |= {"path": list(path or ()), "model": name_of(net, row), "histogram": counts.tolist(), **facts}
+    return dense, {"method": "sdr", "select": settings.select, "origin": ORIGIN, **said}
+
+
+def images_of_paths(labels: Tensor, of_cluster: Tensor, num_paths: int) -> Tensor:
+    """(P,): how many of the task's images lie in the clusters of each path."""
+    return torch.bincount(of_cluster[labels], minlength=num_paths)
+
+
+def outside_warning(share: float) -> list[str]:
+    if share <= OUTSIDE_SHARE:
+        return []
+    return [
+        f"{share:.0%} of the task's images lie farther from their cluster than 95 % of the training images: "
+        "the task is mostly outside of what was learned"
+    ]
+
+
+def extracted(net: SuperNet, base: nn.Module, row: int, task: Images, keep: float) -> tuple[nn.Module, dict[str, Any]]:
+    """The chosen model by itself, proven equal, narrowed if asked for, and timed."""
     dense = base if row == BASE else net.extract(row)
-    said |= {"largest_difference": 0.0 if row == BASE else proof(net, dense, row, task)}
-    if settings.keep < 1:
-        dense, budget = narrowed(net, row, dense, task, settings.keep)
-        said |= budget
-    outside = float((found.distance > clusters.health["distance_p95"]).float().mean())
-    if outside > OUTSIDE_SHARE:
-        said["warnings"].append(
-            f"{outside:.0%} of the task's images lie farther from their cluster than 95 % of the training images: "
-            "the task is mostly outside of what was learned"
-        )
-    path = net.path_of(row) if row not in (BASE,) else None
-    said |= {"path": [] if path is None else list(path), "model": name_of(net, row), "histogram": counts.tolist()}
-    return dense, {"method": "sdr", "select": settings.select, "outside_share": outside, "origin": ORIGIN, **said}
+    facts: dict[str, Any] = {"largest_difference": 0.0 if row == BASE else proof(net, dense, row, task)}
+    if keep < 1:
+        dense, budget = narrowed(net, row, dense, task, keep)
+        facts |= budget
+    return dense, facts | {"latency_ms": latency(dense, task)}
 
 
 def name_of(net: SuperNet, row: int) -> str:
@@ -149,13 +164,18 @@ def narrowed(net: SuperNet, row: int, full: nn.Module, task: Images, keep: float
     """The sub-net with the first channels of its groups, its statistics measured anew on the task's images."""
     if row == BASE:
         raise UsageError("the plain model won, and it has no groups to narrow", hint="--set keep=1")
+    if len(task) < 2:
+        raise UsageError(
+            "the statistics of a narrower model are measured on the task", expected="2 images", received=len(task)
+        )
     narrow = recalibrated(net.extract(row, keep=keep), task)
     return narrow, {
         "keep": keep,
         "full_parameters": sum(p.numel() for p in full.parameters()),
         "full_macs": resnet.macs(full),
-        "latency_ms": latency(narrow, task),
         "full_latency_ms": latency(full, task),
+        "how": f" Of each group's channels {keep:.0%} stay, and its statistics were measured anew on the task's "
+        f"images; whole it takes {resnet.macs(full):,} multiply-accumulates an image.",
     }
 
 

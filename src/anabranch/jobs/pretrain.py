@@ -11,6 +11,7 @@ RUN/summary.json, report.html    what a person reads
 from importlib import import_module
 from typing import Any
 
+from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.checks import check_settings, check_summary
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.stages import say
@@ -28,6 +29,8 @@ STORIES = {
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Run all stages, those that are finished are skipped on resume; returns what summary.json holds."""
+    if settings.method not in STORIES:
+        raise UsageError(f"there is no method {settings.method!r}", hint=did_you_mean(settings.method, STORIES))
     check_settings(settings)
     story = import_module(f"anabranch.jobs.{STORIES[settings.method]}")
     summary: dict[str, Any] = story.pretrain(settings)

@@ -19,12 +19,15 @@ from anabranch.report.figures import ClusterSheet, cluster_sheets, curves
 from anabranch.report.page import Page, Section, Table, write
 from anabranch.train.metrics import read_metrics
 
+TERMS = ("loss", "masked", "siamese", "balance", "distill", "entropy")
+"""What is drawn of metrics.jsonl."""
+
 
 def write_pretrain_page(run: Path, images: Images | None = None) -> Path:
     """report.html of a run of `pretrain`, finished or not; contact sheets need the images, which are looked for."""
     images = images or reopened(run)
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
-    sections = [*expert_sections(summary), *training_sections(run)]
+    sections = [*expert_sections(summary), *subnet_sections(summary), *training_sections(run)]
     if images is not None and (run / "clusters").is_dir():
         base = open_model(run / "base")
         sections.insert(0, cluster_section(Clustering.load(run / "clusters"), images, embed(base, images)))
@@ -67,6 +70,8 @@ def pretrain_lead(summary: dict[str, Any]) -> list[str]:
         lead.append(f"Experts without images: {', '.join(summary['dead_experts'])}.")
     elif "routes" in summary:
         lead.append("Every expert of every layer serves some clusters.")
+    elif "paths" in summary:
+        lead.append(f"There are {len(summary['paths'])} sub-nets to take out, and the model of all images.")
     if "clusters" in summary:
         health = summary["clusters"]["health"]
         lead.append(f"{summary['clusters']['line']}; stability {health['stability']:.2f} over resamples.")
@@ -87,14 +92,46 @@ def expert_sections(summary: dict[str, Any]) -> list[Section]:
     return [Section("Who learns what", tables=[routes, load])]
 
 
+def subnet_sections(summary: dict[str, Any]) -> list[Section]:
+    """Every sub-net with its clusters, and what of the training reached it."""
+    if "paths" not in summary:
+        return []
+    spent, sizes = summary["account"], summary["clusters"]["sizes"]
+    clusters: list[list[int]] = [[] for _ in summary["paths"]]
+    for cluster, row in enumerate(summary["path_of_cluster"]):
+        clusters[row].append(cluster)
+    names = [f"sub-net {row}" for row in range(len(clusters))]
+    digits = [" ".join(map(str, path)) for path in summary["paths"]]
+    served = [" ".join(f"c{k}" for k in own) for own in clusters]
+    images = [sum(sizes[k] for k in own) for own in clusters]
+    rows = [
+        *zip(names, digits, served, images, spent["steps_touching_path"], spent["images_seen_by_path"], strict=True)
+    ]
+    shared = ("all images", "", "all", sum(sizes), spent["steps_touching_shared"], spent["images_seen_by_shared"])
+    table = Table(
+        "What each sub-net learned from",
+        ["model", "group in each stage", "clusters", "images", "steps", "images seen"],
+        [*rows, shared],
+        notes=["Steps count the turns of a sub-net and of those that it grew out of, phase 0 among them."],
+    )
+    return [Section("Who learns what", tables=[table])]
+
+
+def stages_of(run: Path) -> list[tuple[str, Path]]:
+    """What trained, in order, and its folder."""
+    phases = sorted(run.glob("phase-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    named = [(folder.name.replace("-", " "), folder) for folder in phases]
+    return [("the base", run / "base-training"), *named, ("this stage", run)]
+
+
 def training_sections(run: Path) -> list[Section]:
     """Loss curves of every stage that has metrics."""
     figures = []
-    for name, folder in (("base", run / "base-training"), ("this stage", run)):
+    for name, folder in stages_of(run):
         if (folder / "metrics.jsonl").exists() and (lines := read_metrics(folder / "metrics.jsonl")):
-            keys = [key for key in ("loss", "masked", "balance", "distill", "entropy") if key in lines[0]]
+            keys = [key for key in TERMS if key in lines[0]]
             series = {key: ([l["step"] for l in lines], [l[key] for l in lines], None, None) for key in keys}
-            figures.append(curves(series, "optimiser steps", "training loss", f"Training of the {name}"))
+            figures.append(curves(series, "optimiser steps", "training loss", f"Training of {name}"))
     return [Section("Training", figures=figures)] if figures else []
 
 

@@ -7,7 +7,8 @@ RUN/model                       model.safetensors with all sub-nets, paths.json 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from anabranch.allocate.clusters import tree
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
-from anabranch.errors import UsageError
+from anabranch.errors import AnabranchError, UsageError
 from anabranch.jobs.clusters import described, obtain_clusters
 from anabranch.jobs.learners import family_of, learner
 from anabranch.jobs.measure import write_json
+from anabranch.jobs.sdr_checks import base_steps, check_request
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.stages import (
     finish,
@@ -43,20 +45,14 @@ from anabranch.specialize.sdr.objective import SubnetLearning, grown
 from anabranch.specialize.sdr.phases import Phase
 from anabranch.specialize.sdr.schedule import Rounds
 from anabranch.specialize.sdr.supernet import SuperNet
-from anabranch.train.processes import launched
 from anabranch.train.signals import StopFlag
 
 PATHS = "paths.json"
-FEW_IMAGES, TOO_FEW_IMAGES = 40, 4
-"""Images of a cluster below which a sub-net will hardly learn, and cannot learn."""
-COLLAPSED = 0.1
-"""Of the spread that healthy embeddings have."""
 
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     images = open_pool(settings)
-    count = num_paths(settings, len(images))
-    check_processes(settings)
+    count = check_request(settings, len(images))
     with StopFlag() as stop, open_run(settings, images) as run:
         plain = obtain_plain(settings, images, run)
         stop.check("stopped before clustering")
@@ -70,47 +66,6 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     return summary
 
 
-def num_paths(settings: PretrainSettings, num_images: int) -> int:
-    """Clusters, one for every sub-net."""
-    most = settings.groups**settings.split_stages
-    enough = max(num_images // FEW_IMAGES, 2)
-    count = min(most, enough) if settings.clusters == "auto" else int(settings.clusters)
-    if count > most:
-        raise UsageError(
-            f"there are fewer paths than clusters: {settings.groups} groups in {settings.split_stages} stages",
-            expected=f"at most {most} clusters",
-            received=count,
-            hint="more groups or split_stages, or --clusters auto",
-        )
-    if count < 2:
-        raise UsageError("one sub-net is no choice", expected="at least 2 clusters", received=count)
-    if num_images < TOO_FEW_IMAGES * count:
-        raise UsageError(
-            f"{num_images} images cannot feed {count} sub-nets",
-            expected=f"at least {TOO_FEW_IMAGES} images for each",
-            received=f"{num_images / count:.1f}",
-            hint=f"with {FEW_IMAGES} images each: --clusters {enough}",
-        )
-    if num_images < FEW_IMAGES * count:
-        say(f"warning: {num_images} images are few for {count} sub-nets; with {FEW_IMAGES} each: --clusters {enough}")
-    return count
-
-
-def check_processes(settings: PretrainSettings) -> None:
-    if settings.paths_a_step % launched():
-        raise UsageError(
-            "each process trains sub-nets of its own",
-            expected=f"paths_a_step to be a multiple of {launched()} processes",
-            received=settings.paths_a_step,
-            hint=f"--set paths_a_step={launched()}",
-        )
-
-
-def base_steps(settings: PretrainSettings) -> int:
-    """Steps of phase 0: a share of all, none where the base is given."""
-    return 0 if settings.base is not None else max(round(settings.base_share * settings.steps), 1)
-
-
 def obtain_plain(settings: PretrainSettings, images: Images, run: Path) -> nn.Module:
     """Phase 0, trained now or before, with its heads; only a base that was given gets new ones."""
     model = start_model(settings, images, run)
@@ -118,7 +73,8 @@ def obtain_plain(settings: PretrainSettings, images: Images, run: Path) -> nn.Mo
     if settings.base is None:
         say(f"phase 0: one model of all images ({settings.ssl})")
         stream = plain_stream(settings, images, model, settings.seed)
-        train_stage(settings, plain, stream, base_steps(settings), run / "base-training", settings.learning_rate)
+        with failing_in("phase 0"):
+            train_stage(settings, plain, stream, base_steps(settings), run / "base-training", settings.learning_rate)
         if not (run / "base").exists():
             publish(run / "base", lambda folder: model.eval().save_pretrained(folder))
     return plain.eval()
@@ -128,10 +84,6 @@ def plan(settings: PretrainSettings, model: nn.Module, clusters: Clustering) -> 
     """What is split when, and which clusters each path learns from."""
     generator = torch.Generator().manual_seed(settings.seed)
     stages = len(model.config.depths)
-    if settings.split_stages > stages:
-        raise UsageError(
-            "there are fewer stages to split", expected=f"at most {stages}", received=settings.split_stages
-        )
     digits = tree.grow(clusters.centroids, clusters.sizes, settings.groups, settings.split_stages, generator)
     if settings.paths == "random":
         digits = tree.shuffled(digits, generator)
@@ -140,10 +92,7 @@ def plan(settings: PretrainSettings, model: nn.Module, clusters: Clustering) -> 
 
 
 def schedule(settings: PretrainSettings, planned: Sequence[Phase]) -> list[Rounds]:
-    try:
-        return [phases.rounds(p, settings.paths_a_step, settings.anchor_share, settings.seed) for p in planned]
-    except ValueError as error:
-        raise UsageError(str(error), hint="--set paths_a_step=1, or another anchor_share") from None
+    return [phases.rounds(p, settings.paths_a_step, settings.anchor_share, settings.seed) for p in planned]
 
 
 def learn(
@@ -161,10 +110,22 @@ def learn(
         say(f"phase {number}: {len(phase.paths)} sub-nets, {phase.num_split} stages split, {phase.steps} steps")
         learned = grown(learned, phase.paths, phase.num_split, phase.steps)
         stream = phases.batches(phase, rounds, clusters.labels, settings.batch_size, views(settings, images, plain))
-        stages.append(
-            train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", settings.learning_rate)
-        )
+        with failing_in(f"phase {number}"):
+            stages.append(
+                train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", settings.learning_rate)
+            )
     return learned, stages
+
+
+@contextmanager
+def failing_in(phase: str) -> Iterator[None]:
+    """A failure of the training itself says in which phase."""
+    try:
+        yield
+    except AnabranchError as error:
+        if type(error) is not AnabranchError:  # a wrong request, or a stop, is the same in every phase
+            raise
+        raise AnabranchError(f"{phase}, {error}") from error
 
 
 def unsplit(settings: PretrainSettings, plain: nn.Module, images: Images) -> SubnetLearning:

@@ -8,6 +8,7 @@ Shapes    : B images, C channels, S pixels a side, k finished steps of K (total_
 Differs   : 256 hidden units, not 4096, for small images. The target follows at the start of the next step, from the
             step's number, so that the loop needs no hook; the last update of a run is thus never made, and nobody
             uses the target after it. `total_steps` None keeps tau. Views are those of SimSiam, the same for both nets.
+            Of several processes each normalises by its own rows, so that their number changes what is learned.
 Check     : target by slow loops, still in evaluation, resume bit for bit (tests/specialize/test_byol.py).
 """
 

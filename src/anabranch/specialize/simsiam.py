@@ -7,7 +7,8 @@ Equation  : L = 1/2 D(p1, sg z2) + 1/2 D(p2, sg z1),  D(p, z) = -cos(p, z),  z =
             spread = sqrt(d) mean over dimensions of std over the batch of z / |z|:  1 healthy, 0 collapsed.
 Shapes    : B images, C channels, S pixels a side, D features, d dimensions of z.
 Differs   : two layers in the projector and 256 dimensions, not three and 2048, for small images. Small views that only
-            predict are an addition, off by default. train/loop brings AdamW, not SGD: with the tiny network 3e-4 kept
+            predict are an addition, off by default. Of several processes each normalises by its own rows, so that their
+            number changes what is learned. train/loop brings AdamW, not SGD: with the tiny network 3e-4 kept
             the features wide, while 3e-3 shrank them to a few dimensions (at a spread of .94) below the untrained ones.
 Check     : loss by slow loops, no gradient through z, resume bit for bit (tests/specialize/test_simsiam.py).
 """

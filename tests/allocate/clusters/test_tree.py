@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.allocate.clusters.groups import group_clusters
-from anabranch.allocate.clusters.tree import grow, shuffled
+from anabranch.allocate.clusters.tree import grow, num_nodes, shuffled
 
 
 def seeded(seed=0):
@@ -115,3 +115,11 @@ def test_the_global_generator_is_left_alone():
 def test_wrong_shapes_of_a_tree(count, groups, depth, says):
     with pytest.raises(ValueError, match=says):
         grow(torch.zeros(count, 3), torch.ones(count), groups, depth, seeded())
+
+
+@pytest.mark.parametrize("num_clusters", [1, 3, 4, 7, 13, 27])
+def test_the_nodes_of_every_level_are_known_before_the_clusters(num_clusters):
+    centroids = torch.randn(num_clusters, 5, generator=seeded())
+    digits = grow(centroids, torch.ones(num_clusters), 3, 3, seeded())
+    for level in range(1, 4):
+        assert num_nodes(num_clusters, 3, level) == len(digits[:, :level].unique(dim=0))

@@ -38,6 +38,18 @@ def divide(centroids: Tensor, sizes: Tensor, groups: int, generator: torch.Gener
     return group_clusters(centroids, sizes, min(groups, len(centroids)), generator)
 
 
+def num_nodes(num_clusters: int, groups: int, depth: int) -> int:
+    """Nodes of the tree at a depth, which the balance fixes before any cluster is known."""
+    sizes = [num_clusters]
+    for _ in range(depth):
+        sizes = [part for n in sizes for part in _parts(n, min(groups, n))]
+    return len(sizes)
+
+
+def _parts(total: int, count: int) -> list[int]:
+    return [total // count + (i < total % count) for i in range(count)]
+
+
 def shuffled(digits: Tensor, generator: torch.Generator) -> Tensor:
     """The same paths, dealt to the clusters at random: what a tree without meaning would give."""
     return digits[torch.randperm(len(digits), generator=generator)]

@@ -9,8 +9,8 @@ Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H,
 Differs   : L_kd and its schedule are ours. The shared model has turns of its own in a fixed share of the steps, instead
             of a coin toss. Heads are common to all paths, their running statistics are not. BYOL's target is a copy of
             the super-net that starts anew with each phase and moves on the paths of a step alone.
-Check     : the teacher gets no gradient and is not asked at beta = 0; two processes equal one
-            (tests/specialize/sdr/test_objective.py).
+Check     : the teacher gets no gradient and is not asked at beta = 0 (tests/specialize/sdr/test_objective.py);
+            two processes equal one (tests/jobs/test_sdr.py).
 """
 
 import copy
@@ -180,7 +180,8 @@ class SubnetLearning(nn.Module):
         for found, values in zip(everyones_rows, everyones, strict=True):
             start = 0
             for buffer in [b for row in found.tolist() for b in self.statistics(row)]:
-                buffer.copy_(values[start : start + buffer.numel()])
+                # past autograd: the backward to come holds these buffers and, having batch statistics, never reads them
+                buffer.data.copy_(values[start : start + buffer.numel()].view_as(buffer))
                 start += buffer.numel()
 
     def statistics(self, row: int) -> Iterator[Tensor]:
