@@ -17,11 +17,20 @@ from anabranch.jobs.recipe_table import tables
 from anabranch.jobs.settings import MeasureSettings
 
 BATCH_SIZE = 64
-FEW_ARMS = ["random-init", "continued", "moce", "random-clusters"]
+FFN = [(arm, "ffn") for arm in ("random-init", "continued", "moce", "random-clusters")]
+ENCODER = [("moce", "encoder"), ("random-clusters", "encoder")]
 EXPERIMENTS = {
     # name: domains, first seed, seeds, steps, experts, clusters, arms
-    "pair": (("garments", "digits"), 20, 15, 1500, 2, 8, FEW_ARMS),
-    "four": (("garments", "animals", "digits", "textures"), 0, 3, 1000, 4, 12, ARMS),  # the demo's
+    "pair": (("garments", "digits"), 20, 15, 1500, 2, 8, FFN + ENCODER),
+    "four": (
+        ("garments", "animals", "digits", "textures"),
+        0,
+        3,
+        1000,
+        4,
+        12,
+        [(arm, "ffn") for arm in ARMS],
+    ),  # the demo's
 }
 HERE = Path(__file__).parent
 
@@ -60,7 +69,7 @@ def run(name: str, tiny: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     budget = ArmSettings(
         steps=settings.steps, batch_size=BATCH_SIZE, num_experts=num_experts, num_clusters=num_clusters
     )
-    return transfer, compare(settings, budget, [(arm, "ffn") for arm in (FEW_ARMS if tiny else arms)])
+    return transfer, compare(settings, budget, FFN if tiny else arms)
 
 
 def replace_section(name: str, text: str) -> None:

@@ -24,6 +24,8 @@ COMPARISONS = {
     "experts chosen by token over the continued model": ("token-moe", "continued"),
     "a wider plain model over the continued model": ("wider", "continued"),
     "a learned gate over fixed groups": ("moce-gate", "moce"),
+    "right expert over wrong experts, whole encoder": ("moce-encoder", "moce-encoder wrong"),
+    "clusters over random groups, whole encoder": ("moce-encoder", "random-clusters-encoder"),
     "experts of clusters, whole blocks, over the continued model": ("moce-blocks", "continued"),
     "experts of clusters, whole encoder, over the continued model": ("moce-encoder", "continued"),
     "experts of true domains, whole blocks, over the continued model": ("oracle-blocks", "continued"),
