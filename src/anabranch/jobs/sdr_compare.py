@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the arms of the experiment with sub-nets on a finished measurement, and say what came out, with what it cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from anabranch import __version__
-from anabranch.jobs.effects import Results, by_arm, effects, level
+from anabranch.jobs.effects import Results, arm_seconds, by_arm, effects, level
 from anabranch.jobs.measure import _plain, open_corpus, run_cells, write_json
 from anabranch.jobs.recipe_table import arms as arm_tables
 from anabranch.jobs.recipe_table import cell, diagnosis, learning_curves, processor_time, scores_in_words, table
@@ -23,6 +23,7 @@ COMPARISONS = {
     "sub-nets of clusters over random ones": ("sdr", "sdr-random"),
     "sub-nets over the continued model": ("sdr", "continued"),
     "sub-nets chosen by neighbours over the continued model": ("sdr by neighbours", "continued"),
+    "the same, with all labels": ("sdr by all neighbours", "continued"),
     "the shared model beside sub-nets over the continued one": ("sdr shared", "continued"),
     "sub-nets over the shared model beside them": ("sdr", "sdr shared"),
     "with distillation over without": ("sdr", "sdr-no-kd"),
@@ -36,8 +37,10 @@ COMPARISONS = {
 }
 ARMS = (
     *("random-init", "base", "continued", "multi-crop", "sdr", "sdr-random"),
-    *("sdr-no-kd", "sdr-at-once", "separate", "oracle"),
+    *("sdr-no-kd", "sdr-at-once", "sdr-ratio-25", "sdr-ratio-75", "separate", "oracle"),
 )
+DIAL = ("continued", "sdr-ratio-75", "sdr", "sdr-ratio-25", "separate")
+"""From all channels shared to none."""
 
 
 def compare_subnets(settings: MeasureSettings, budget: SdrArmSettings, wanted: Sequence[str] = ARMS) -> dict[str, Any]:
@@ -71,9 +74,16 @@ def summarise(results: dict[str, Any], tasks: list[str], budget: SdrArmSettings)
             for name in found
         },
         "accounts": {name: next(iter(found[name].values()))["account"] for name in found if name in plain},
-        "cpu_seconds": {name: mean(found[name], "cpu_seconds") for name in plain},
+        "arm_seconds": arm_seconds(found),
         "coverage": {t: float(np.mean([r["coverage"][t] for r in found["sdr"].values()])) for t in tasks},
-        "regret": regret(found, tasks).as_dict(),
+        "purity": {t: float(np.mean([r["purity"][t] for r in found["sdr"].values()])) for t in tasks},
+        "spread": {name: over_seeds(runs, "spread") for name, runs in found.items() if has_losses(runs)},
+        "rank": {name: over_seeds(runs, "rank") for name, runs in found.items() if has_losses(runs)},
+        "regret": {
+            "by votes": regret(found, tasks, lambda result: result["regret"]),
+            f"by {budget.num_labels} labels": regret(found, tasks, lambda result: result["by_neighbours"]["regret"]),
+            "by all labels": regret(found, tasks, lambda result: result["by_all_neighbours"]["regret"]),
+        },
         "losses": {name: next(iter(runs.values()))["losses"] for name, runs in found.items() if has_losses(runs)},
         "seconds": sum(result["seconds"] for result in results.values()),
     }
@@ -84,11 +94,12 @@ def with_choices(found: Results) -> Results:
     runs = found["sdr"].items()
     return found | {
         "sdr by neighbours": {seed: {"scores": result["by_neighbours"]["scores"]} for seed, result in runs},
+        "sdr by all neighbours": {seed: {"scores": result["by_all_neighbours"]["scores"]} for seed, result in runs},
         "sdr shared": {seed: {"scores": result["shared"]} for seed, result in runs},
     }
 
 
-def mean(runs: dict[int, dict[str, Any]], key: str) -> float:
+def over_seeds(runs: dict[int, dict[str, Any]], key: str) -> float:
     return float(np.mean([result[key] for result in runs.values()]))
 
 
@@ -96,9 +107,9 @@ def has_losses(runs: dict[int, dict[str, Any]]) -> bool:
     return "losses" in next(iter(runs.values()))
 
 
-def regret(found: Results, tasks: list[str]) -> Any:
+def regret(found: Results, tasks: list[str], get: Callable[[dict[str, Any]], dict[str, float]]) -> dict[str, Any]:
     """Points by which the sub-net that is best on one half of the test images beats the chosen one on the other."""
-    return interval([np.mean([result["regret"][task] for task in tasks]) for result in found["sdr"].values()])
+    return interval([np.mean([get(result)[t] for t in tasks]) for result in found["sdr"].values()]).as_dict()
 
 
 def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
@@ -106,7 +117,7 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
     spent = result["accounts"]
     names = ("total_steps", "images_seen", "steps_touching_path", "images_seen_by_path")
     cost = [
-        [name, *(f"{spent[name][key]:,.0f}" for key in names), f"{result['cpu_seconds'][name]:.0f}"] for name in spent
+        [name, *(f"{spent[name][key]:,.0f}" for key in names), f"{result['arm_seconds'][name]:.0f}"] for name in spent
     ]
     parts = [
         f"{len(result['seeds'])} seeds, {result['base_steps']} + {result['steps']} steps of {result['batch_size']} "
@@ -116,13 +127,45 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
         *arm_tables(result),
         "**What it cost**: steps and images in all, and of them what reached the model that a task is given; processor "
         "seconds of the second stage with its probes, mean over seeds",
-        table(["arm", "steps", "images", "steps on the path", "images on the path", "CPU s"], cost),
-        "Share of a task's images in the clusters of its sub-net: "
-        + ", ".join(f"{task} {share:.2f}" for task, share in result["coverage"].items())
-        + f". The best sub-net (found on half of the test images) beats the chosen by {cell(result['regret'])} points "
-        "on the other half.",
+        table(["arm", "steps", "images", "steps on the path", "images on the path", "seconds"], cost),
+        choice_table(result),
+        "**How much is shared**: accuracy in percent, from all channels common to none",
+        table(
+            ["arm", *(name for name in DIAL if name in result["levels"])],
+            [["mean over tasks", *(level_of(result, name) for name in DIAL if name in result["levels"])]],
+        ),
+        "**Collapse**: spread of the embeddings in the last steps, of the narrowest turn of each (1 healthy, 0 "
+        "collapsed), and directions that hold 95 % of the variance of the features, mean over models that tasks get",
+        table(
+            ["arm", "spread", "directions"],
+            [[name, f"{result['spread'][name]:.2f}", f"{result['rank'][name]:.1f}"] for name in result["spread"]],
+        ),
         "**Learning curves**: accuracy, mean over tasks, at steps of the first stage",
         learning_curves(transfer),
         processor_time(transfer, result),
     ]
     return "\n\n".join(parts)
+
+
+def level_of(result: dict[str, Any], arm: str) -> str:
+    found = result["levels"][arm]["mean"]
+    between = "" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]"
+    return f"{found['mean']:.1f}{between}"
+
+
+def choice_table(result: dict[str, Any]) -> str:
+    """Is the choice a good one, and does the chosen sub-net's cluster hold the task's own kind of images?"""
+    shares = [
+        ["a task's images in the clusters of its sub-net", *(f"{result['coverage'][t]:.2f}" for t in result["tasks"])],
+        ["the sub-net's images of the task's own domain", *(f"{result['purity'][t]:.2f}" for t in result["tasks"])],
+    ]
+    lost = [[name, cell(found)] for name, found in result["regret"].items()]
+    return "\n\n".join(
+        [
+            "**The choice**: shares, mean over seeds",
+            table(["share of", *result["tasks"]], shares),
+            "**What a better choice would gain**: points by which the sub-net that is best on half of the test images "
+            "beats the chosen one on the other half, mean over tasks",
+            table(["chosen", "points"], lost),
+        ]
+    )

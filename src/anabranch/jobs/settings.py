@@ -75,7 +75,7 @@ class PretrainFlags:
     clusters: str = "auto"
     """How many clusters the images are divided into, or auto."""
     steps: int = 1500
-    """Optimiser steps of this method; a base trained here gets as many before."""
+    """Optimiser steps of this method; a base trained here gets as many before, of sdr a share of them (base_share)."""
     preset: str = "tiny"
     """Size of a base that is trained here: tiny, small or base."""
     expert_scope: Scope = "ffn"

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from anabranch.errors import UsageError, did_you_mean
@@ -64,3 +65,55 @@ def open_model(path: str | Path) -> nn.Module:
     """The model of a transformers folder, by whichever bridge its config.json names."""
     model: nn.Module = bridge(str(read_config(path).get("model_type"))).load(path)
     return model
+
+
+def transformers() -> Any:
+    """The library, without its progress bars: a bar for one small file says nothing."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_stock(path: str | Path, class_name: str, *, model_type: str, expected: str, hint: str) -> nn.Module:
+    """A model of transformers from a local folder, in eval mode.
+
+    Raises:
+        UsageError: the folder is missing, holds another kind of model, or lacks tensors of its own configuration.
+    """
+    folder = Path(path)
+    found = read_config(folder).get("model_type")
+    if found != model_type:
+        raise UsageError(f"{folder} holds a {found} model", expected=f"{expected} (model_type {model_type})", hint=hint)
+    try:
+        model, info = getattr(transformers(), class_name).from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        raise UsageError(
+            f"{folder} cannot be loaded", expected="tensors of the shapes its config.json gives", received=error
+        ) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing, mismatched = (sorted(map(str, info[kind]))[:3] for kind in ("missing_keys", "mismatched_keys"))
+        raise UsageError(
+            f"{folder} does not hold the model that its config.json describes",
+            expected="every tensor, in its shape",
+            received=f"missing {missing}, of another shape {mismatched}",
+        )
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def check_fit(name: str, image_size: int, channels: int, expected_size: int, expected_channels: int) -> None:
+    """Raises where images are not of the size and channels that a model was made for."""
+    for what, expected, received in (
+        ("channels", expected_channels, channels),
+        ("pixels a side", expected_size, image_size),
+    ):
+        if expected != received:
+            raise UsageError(
+                f"{name} does not fit the model",
+                expected=f"images of {expected} {what}",
+                received=received,
+                hint="read the images at the model's size and channels",
+            )

@@ -12,17 +12,16 @@ Check     : `features` equals the pooled output of AutoModel bit for bit, `macs`
 """
 
 import copy
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError, did_you_mean
-from anabranch.models.vit_mae import copy_of, image_processor, normalise, transformers
+from anabranch.models.bridge import check_fit, load_stock, transformers
+from anabranch.models.vit_mae import copy_of, image_processor, normalise
 
 __all__ = [
     "PRESETS",
@@ -98,59 +97,19 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         UsageError: the folder is missing, holds another kind of model, or lacks tensors of its own configuration.
     """
-    folder = Path(path)
-    _check_model_type(folder)
-    try:
-        model, info = transformers().ResNetModel.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, use_safetensors=True
-        )
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise UsageError(
-            f"{folder} cannot be loaded", expected="tensors of the shapes its config.json gives", received=error
-        ) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise UsageError(
-            f"{folder} does not hold the model that its config.json describes",
-            expected="every tensor, in its shape",
-            received=f"missing {sorted(info['missing_keys'])[:3]}, others {sorted(info['mismatched_keys'])[:3]}",
-        )
-    return model.eval()
-
-
-def _check_model_type(folder: Path) -> None:
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UsageError(
-            f"{folder} is not a model folder",
-            expected="config.json and model.safetensors, as save_pretrained writes them",
-            received="no such folder" if not folder.exists() else "no config.json",
-        )
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"{config_file} cannot be read", expected="JSON", received=error) from error
-    if model_type != "resnet":
-        raise UsageError(
-            f"{folder} holds a {model_type} model",
-            expected="a residual network (model_type resnet)",
-            hint="give a ResNet checkpoint, or leave --base out to train one",
-        )
+    return load_stock(
+        path,
+        "ResNetModel",
+        model_type="resnet",
+        expected="a residual network",
+        hint="give a ResNet checkpoint, or leave --base out to train one",
+    )
 
 
 def check_images(model: nn.Module, *, image_size: int, channels: int, name: str) -> None:
     """Images of another size would pass through, but the model would be used otherwise than it was trained."""
-    config = model.config
-    for what, expected, received in (
-        ("channels", config.num_channels, channels),
-        ("pixels a side", getattr(config, "image_size", None) or image_size, image_size),
-    ):
-        if expected != received:
-            raise UsageError(
-                f"{name} does not fit the model",
-                expected=f"images of {expected} {what}",
-                received=f"{received}",
-                hint="read the images at the model's size and channels",
-            )
+    size = getattr(model.config, "image_size", None) or image_size
+    check_fit(name, image_size, channels, size, model.config.num_channels)
 
 
 def feature_size(model: nn.Module) -> int:

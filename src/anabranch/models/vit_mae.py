@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError, did_you_mean
-from anabranch.models.bridge import read_config
+from anabranch.models.bridge import check_fit, load_stock, transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +98,6 @@ SHARED_CONFIG = (
 FEATURES = "mean of the patch tokens, unmasked"
 MLP_RATIO = 4
 BASE_PATCH = 16
-
-
-def transformers() -> Any:
-    """The library, without its progress bars: a bar for one small file says nothing."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 class MaskedForward(NamedTuple):
@@ -205,28 +196,13 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         UsageError: the folder is missing, holds another kind of model, or lacks tensors of its own configuration.
     """
-    folder = Path(path)
-    model_type = read_config(folder).get("model_type")
-    if model_type != "vit_mae":
-        raise UsageError(
-            f"{folder} holds a {model_type} model",
-            expected="a masked autoencoder with its decoder (model_type vit_mae)",
-            hint="give the checkpoint before it was customised, or leave --base out to train one",
-        )
-    try:
-        model, info = transformers().ViTMAEForPreTraining.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, use_safetensors=True
-        )
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise UsageError(
-            f"{folder} cannot be loaded", expected="tensors of the shapes its config.json gives", received=error
-        ) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise UsageError(
-            f"{folder} does not hold the model that its config.json describes",
-            expected="every tensor, in its shape",
-            received=f"missing {sorted(info['missing_keys'])[:3]}, of another shape {info['mismatched_keys'][:3]}",
-        )
+    model = load_stock(
+        path,
+        "ViTMAEForPreTraining",
+        model_type="vit_mae",
+        expected="a masked autoencoder with its decoder",
+        hint="give the checkpoint before it was customised, or leave --base out to train one",
+    )
     for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         table.requires_grad_(False)  # fixed when built, but from_pretrained forgets it
     return model.eval()
@@ -252,18 +228,7 @@ def num_visible(model: nn.Module) -> int:
 
 def check_images(model: nn.Module, *, image_size: int, channels: int, name: str) -> None:
     """Say at the door what a forward would only say later, and less clearly."""
-    config = model.config
-    for what, expected, received in (
-        ("channels", config.num_channels, channels),
-        ("pixels a side", config.image_size, image_size),
-    ):
-        if expected != received:
-            raise UsageError(
-                f"{name} does not fit the model",
-                expected=f"images of {expected} {what}",
-                received=f"{received}",
-                hint="read the images at the model's size and channels",
-            )
+    check_fit(name, image_size, channels, model.config.image_size, model.config.num_channels)
 
 
 def normalise(pixels: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from anabranch.models import resnet
-from anabranch.models.vit_mae import transformers
+from anabranch.models.bridge import transformers
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import UsageError
+from anabranch.measure.rank import directions
 
 CONSTANT = 1e-6
 """A feature with a smaller standard deviation carries nothing and is dropped."""
@@ -110,10 +111,7 @@ def fit_scaler(features: Tensor, config: FeatureConfig) -> Scaler:
 
 def check_rank(features: Tensor, scaler: Scaler, min_rank: int) -> int:
     """Number of principal directions that hold 95 % of the variance; too few raise."""
-    x_ND = (features[:, scaler.kept] - scaler.mean) / scaler.std
-    variances = torch.linalg.eigvalsh(torch.cov(x_ND.T.double()).reshape(len(scaler.kept), -1)).flip(0).clamp(min=0)
-    shares = variances.cumsum(0) / variances.sum()
-    rank = int((shares < 0.95).sum()) + 1
+    rank = directions(features[:, scaler.kept])
     bound = min(min_rank, scaler.num_features)
     if rank < bound:
         raise UsageError(

@@ -7,7 +7,8 @@ Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_
             z_0 from W_0 with its running statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
 Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
 Differs   : L_kd and its schedule are ours. The shared model has turns of its own in a fixed share of the steps, instead
-            of a coin toss. Heads are common to all paths, their running statistics are not.
+            of a coin toss. Heads are common to all paths, their running statistics are not. BYOL's target is a copy of
+            the super-net that starts anew with each phase and moves on the paths of a step alone.
 Check     : the teacher gets no gradient and is not asked at beta = 0 (tests/specialize/sdr/test_objective.py);
             two processes equal one (tests/jobs/test_sdr.py).
 """
@@ -95,12 +96,18 @@ class SubnetLearning(nn.Module):
         progress = int(batch["step"][0]) / self.total_steps
         if self.training:
             self.follow(set(batch["turns"][0].tolist()), momentum(self.config, progress))
-        views = views_in(batch, self.training)
+        views, beta = views_in(batch, self.training), kd_weight(self.config, progress)
+        # asked before any turn moves its statistics, so that the order of turns, or of processes, does not matter
+        taught = self.taught((views[0], views[1])) if beta > 0 and (batch["path"] != SHARED).any() else None
         terms: dict[str, list[Tensor]] = {"siamese": [], "distill": [], "spread": []}
         mine = []
         for rows, row in turns(batch["path"], batch["turns"].shape[1]):
             mine.append(row)
-            self.learn(row, (views[0][rows], views[1][rows]), kd_weight(self.config, progress), terms)
+            predictions = self.learn(row, (views[0][rows], views[1][rows]), terms)
+            distill = predictions[0].new_zeros(())
+            if taught is not None and row != SHARED:
+                distill = beta * distillation(predictions, (taught[0][rows], taught[1][rows]), self.config.kd_view)
+            terms["distill"].append(distill)
         if self.training:
             self.share_statistics(mine)
         siamese, distill = (torch.stack(terms[name]).mean() for name in ("siamese", "distill"))
@@ -111,20 +118,16 @@ class SubnetLearning(nn.Module):
             "spread": torch.stack(terms["spread"]).amin(),
         }
 
-    def learn(self, row: int, views: Pair, beta: float, terms: dict[str, list[Tensor]]) -> None:
-        """The losses of one turn, added to `terms`."""
+    def learn(self, row: int, views: Pair, terms: dict[str, list[Tensor]]) -> Pair:
+        """Predictions of one turn; its own loss and the spread of its embeddings are added to `terms`."""
         embedded = self.embed(row, views)
         predictions = self.predictor(embedded[0]), self.predictor(embedded[1])
         if self.config.ssl == "byol":
-            loss = byol_loss(predictions, self.followed(row, views))
+            terms["siamese"].append(byol_loss(predictions, self.followed(row, views)))
         else:
-            loss = simsiam_loss(predictions, embedded)
-        terms["siamese"].append(loss)
-        distill = loss.new_zeros(())
-        if row != SHARED and beta > 0:
-            distill = beta * distillation(predictions, self.taught(views), self.config.kd_view)
-        terms["distill"].append(distill)
+            terms["siamese"].append(simsiam_loss(predictions, embedded))
         terms["spread"].append(spread(embedded[0].detach()))
+        return predictions
 
     def embed(self, row: int, views: Pair, *, frozen: bool = False) -> Pair:
         """z of both views on one path; the path stays active for the predictor."""

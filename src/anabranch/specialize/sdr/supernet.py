@@ -23,8 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from anabranch.models.bridge import transformers
 from anabranch.models.resnet import features
-from anabranch.models.vit_mae import transformers
 from anabranch.specialize.sdr.channels import (
     SHARED,
     Active,

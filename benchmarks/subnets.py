@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sub-nets of a super-net against plain networks of their size: what holding them all together costs.
+
+One convolution, forward and backward: a path of a split layer joins its blocks to a plain weight, computes, and hands
+the gradient back to the blocks. Beside it the plain convolution of the same size (the limit), and the two ways that one
+writes first: a full weight of which slices are taken, and a full weight that is masked.
+One step: sub-nets learning by SimSiam, with and without distillation, against the plain model, as many images each.
+Float32, two threads, batches as given; ratios to the reference of the same round, median over rounds.
+"""
+
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anabranch.models import resnet
+from anabranch.specialize import simsiam
+from anabranch.specialize.sdr.channels import Active, Layout, Source, SplitConv2d, Statistics
+from anabranch.specialize.sdr.objective import Config as LearningConfig
+from anabranch.specialize.sdr.objective import SubnetLearning, grown
+from anabranch.specialize.sdr.schedule import Rounds
+from anabranch.specialize.sdr.supernet import Config, supernet
+from benchmarks._timing import compare
+
+THREADS = 2
+BATCH = 64
+CASES = {
+    # name: channels of the super-net, of which a path sees a share, groups, pixels a side, bar
+    "64 channels, a path sees half, 28 x 28": (64, 3, 28, 1.05),
+    "256 channels, a path sees a quarter, 7 x 7": (256, 7, 7, 1.25),
+}
+BARS = {"16 sub-nets": 1.15}
+
+
+def split_conv(layout: Layout) -> tuple[SplitConv2d, nn.Conv2d]:
+    plain = nn.Conv2d(layout.channels, layout.channels, 3, padding=1, bias=False)
+    paths = tuple((g,) for g in range(layout.groups))
+    source = Source(lambda name, path: plain.weight, lambda name, path: plain.weight, no_statistics, paths)
+    return SplitConv2d(plain, "conv", layout, layout, source, Active(path=(1,), row=0)), plain
+
+
+def no_statistics(name: str, layout: Layout) -> Statistics:
+    raise AssertionError("a convolution has none")
+
+
+def convolution(width: int, groups: int, side: int) -> dict[str, object]:
+    """Half of a path's channels are common: width = common + groups * common."""
+    common = width // (groups + 1)
+    layout = Layout(2 * common, common, groups, 0)
+    split, plain = split_conv(layout)
+    full = nn.Parameter(torch.randn(width, width, 3, 3) / width)
+    mine = torch.cat([torch.arange(common), torch.arange(2 * common, 3 * common)])
+    mask = torch.zeros(width, width, 1, 1)
+    mask[mine[:, None], mine] = 1
+    x = torch.randn(BATCH, 2 * common, side, side, requires_grad=True)
+    x_full = torch.randn(BATCH, width, side, side, requires_grad=True)
+
+    def run(output: Tensor, *leaves: Tensor) -> None:
+        output.sum().backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return {
+        "plain": lambda: run(plain(x), x, plain.weight),
+        "sub-net": lambda: run(split(x), x, *split.parameters()),
+        "full weight, indexed": lambda: run(F.conv2d(x, full[mine][:, mine], padding=1), x, full),
+        "full weight, masked": lambda: run(F.conv2d(x_full, full * mask, padding=1), x_full, full),
+    }
+
+
+def step() -> dict[str, object]:
+    """One training step without the optimiser: forward and backward of 64 images in two views."""
+    model = resnet.build("tiny", image_size=28, channels=1, seed=0).train()
+    plain = simsiam.objective(model, seed=0).train()
+    views = {f"view{i}": torch.randint(0, 256, (BATCH, 1, 28, 28)).to(torch.uint8) for i in (1, 2)}
+    batch = views | {"row": torch.arange(BATCH), "step": torch.zeros(BATCH, dtype=torch.int64)}
+    rounds = Rounds(16, 2, 0.2, seed=0)
+    turns = torch.tensor(next(rounds.at(s) for s in range(rounds.steps) if -1 not in rounds.at(s)))
+    of_paths = batch | {"path": turns.repeat_interleave(BATCH // 2), "turns": turns.expand(BATCH, -1)}
+
+    def learning(kd_coef: float) -> SubnetLearning:
+        net = supernet(model, Config(groups=4))
+        before = SubnetLearning(net, plain.projector, plain.predictor, LearningConfig(kd_coef=kd_coef), 1)
+        return grown(before, [(0, 0, *digits) for digits in product(range(4), repeat=2)], 2, 100).train()
+
+    def run(objective: nn.Module, given: dict[str, Tensor]) -> None:
+        objective(given)["loss"].backward()
+        objective.zero_grad(set_to_none=True)
+
+    without, with_teacher = learning(0.0), learning(1.0)
+    return {
+        "plain": lambda: run(plain, batch),
+        "16 sub-nets": lambda: run(without, of_paths),
+        "16 sub-nets, distilled": lambda: run(with_teacher, of_paths),
+    }
+
+
+def show(title: str, cases: dict[str, object], bars: dict[str, float]) -> None:
+    print(f"\n{title}")
+    for name, found in compare(cases, "plain", rounds=9).items():  # type: ignore[arg-type]
+        bar = f"bar <= {bars[name]:.2f}: {'met' if found.median <= bars[name] else 'MISSED'}" if name in bars else ""
+        print(f"  {name:<40} {found.median:.2f} x {1000 * found.seconds:9.1f} ms  {bar}")
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    print(f"sub-nets: {BATCH} images, float32, {THREADS} threads, forward and backward")
+    for name, (width, groups, side, bar) in CASES.items():
+        show(name, convolution(width, groups, side), {"sub-net": bar})
+    show("one step of the tiny ResNet, 28 x 28", step(), BARS)
+
+
+if __name__ == "__main__":
+    main()
