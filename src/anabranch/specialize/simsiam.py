@@ -8,8 +8,9 @@ Equation  : L = 1/2 D(p1, sg z2) + 1/2 D(p2, sg z1),  D(p, z) = -cos(p, z),  z =
 Shapes    : B images, C channels, S pixels a side, D features, d dimensions of z.
 Differs   : two layers in the projector and 256 dimensions, not three and 2048, for small images. Small views that only
             predict are an addition, off by default. Of several processes each normalises by its own rows, so that their
-            number changes what is learned. train/loop brings AdamW, not SGD: with the tiny network 3e-4 kept
-            the features wide, while 3e-3 shrank them to a few dimensions (at a spread of .94) below the untrained ones.
+            number changes what is learned. The rate does not fall with the batch (.05 B / 256): small networks trained
+            for some thousand steps need more. AdamW in place of SGD shrinks the features of such networks to a few
+            directions while the spread stays healthy; hence measure/rank beside it.
 Check     : loss by slow loops, no gradient through z, resume bit for bit (tests/specialize/test_simsiam.py).
 """
 
@@ -27,8 +28,9 @@ from anabranch.specialize.mae import Indices, step_generator
 from anabranch.train.seeding import seeded
 
 FAMILY = "resnet"
-OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY = "sgd", 0.1, 1e-4
 """The bridge in models/ whose networks this trains."""
+OPTIMIZER, LEARNING_RATE, WEIGHT_DECAY = "sgd", 0.1, 1e-4
+"""Peak for the small presets at batches of 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
