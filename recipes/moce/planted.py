@@ -16,8 +16,14 @@ from anabranch.jobs.settings import MeasureSettings
 
 CODES, STEPS, BATCH_SIZE = 6, 1000, 96
 FIRST_SEED, SEEDS = 110, 5
-ARMS = (("continued", "ffn"), ("separate", "ffn"))  # oracle, moce and random-clusters can be added, in any scope
-DIFFERENCES = (("separate", "continued"), ("separate", "separate wrong"))
+ARMS = (("continued", "ffn"), ("separate", "ffn"), ("moce", "encoder"), ("random-clusters", "encoder"))
+DIFFERENCES = (
+    ("separate", "continued"),
+    ("separate", "separate wrong"),
+    ("moce-encoder", "random-clusters-encoder"),
+    ("moce-encoder", "moce-encoder wrong"),
+    ("moce-encoder", "continued"),
+)
 
 
 def main() -> None:

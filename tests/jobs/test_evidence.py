@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold on real images: the recipe's pair of domains, fifteen seeds, paired, with its primary score.
 
-Nothing here asserts that experts beat the continued model: that is smaller, and the recipe prints it as it falls.
+Nothing here asserts that experts beat the continued model, or clusters random groups: on these images neither is shown,
+and the recipe prints both as they fall. That clusters beat random groups where there is a conflict is in test_planted.
 About twenty minutes on two cores.
 """
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 FIRST_SEED, SEEDS, STEPS, BATCH_SIZE = 20, 15, 1500, 64
 DOMAINS = ("garments", "digits")
-ARMS = ("continued", "moce", "random-clusters", "token-moe")
+ARMS = ("continued", "moce", "token-moe")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,6 @@ def test_the_matching_source_matters(evidence):
 
 def test_the_right_expert_beats_the_wrong_ones(evidence):
     assert effect(evidence[1], "moce", "moce wrong")["low"] > 0
-
-
-def test_clusters_beat_random_groups(evidence):
-    assert effect(evidence[1], "moce", "random-clusters")["low"] > 0
 
 
 def test_routing_follows_clusters_where_tokens_follow_pixels(evidence):
