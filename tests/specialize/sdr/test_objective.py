@@ -75,14 +75,14 @@ def test_the_loss_of_a_step_is_the_mean_over_its_turns(make_objective, stream):
     objective = make_objective(kd_schedule="constant", kd_coef=0.5).train()
     step = with_row(stream, SHARED)
     batch = stream.batch(step)
-    found, teacher = copy.deepcopy(objective)(batch), copy.deepcopy(objective).eval()
+    found, teacher = copy.deepcopy(objective)(batch), copy.deepcopy(objective)
     siamese, distill = [], []
     for rows, row in turns(batch["path"], 2):
         views = [simsiam.normalise(batch[name][rows]) for name in ("view1", "view2")]
         z = [objective.projector(objective.net.activate(row)(view)) for view in views]
         p = [objective.predictor(one) for one in z]
         siamese.append(-(slow_cosine(p[0], z[1]) + slow_cosine(p[1], z[0])) / 2)
-        taught = [teacher.projector(teacher.net.activate(SHARED)(view)) for view in views]
+        taught = [teacher.projector(teacher.net.activate(SHARED)(view)) for view in views]  # by batch statistics
         distill.append(0 if row == SHARED else -0.5 * (slow_cosine(p[0], taught[1]) + slow_cosine(p[1], taught[0])) / 2)
     assert found["siamese"].item() == pytest.approx(sum(siamese) / 2, abs=1e-5)
     assert found["distill"].item() == pytest.approx(sum(distill) / 2, abs=1e-5)
@@ -101,7 +101,7 @@ def test_the_teacher_gets_no_gradient_and_no_new_statistics_from_others_turns(ma
     assert all(torch.equal(b, before[name]) for name, b in objective.named_buffers() if name in before)
 
 
-@pytest.mark.parametrize(("kd_coef", "asked"), [(0.0, 0), (1.0, 1)])
+@pytest.mark.parametrize(("kd_coef", "asked"), [(0.0, 0), (1.0, 2)])
 def test_without_weight_no_teacher_is_asked(make_objective, stream, kd_coef, asked, monkeypatch):
     objective = make_objective(kd_coef=kd_coef).train()
     step = next(step for step in range(40) if SHARED not in stream.rounds.at(step))

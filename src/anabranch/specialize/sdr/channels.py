@@ -69,7 +69,7 @@ class Active:
     row: int = SHARED
     """The path's row in the running statistics."""
     frozen: bool = False
-    """Norms use their running statistics and leave them alone, in training too: how a teacher is asked."""
+    """Norms leave their running statistics alone: how a teacher is asked in training."""
 
 
 class Statistics(NamedTuple):
@@ -167,9 +167,10 @@ class SplitBatchNorm(nn.Module):
         active = self.active
         parts = self.layout.parts() if active.path is None else self.layout.part(active.path)
         weight, bias = _joined(self.scales, parts), _joined(self.biases, parts)
+        if self.training and active.frozen:
+            return F.batch_norm(hidden, None, None, weight, bias, True, 0.0, self.eps)
         mean, variance = self.statistics(active.row)
-        training = self.training and not active.frozen
-        return F.batch_norm(hidden, mean, variance, weight, bias, training, MOMENTUM, self.eps)
+        return F.batch_norm(hidden, mean, variance, weight, bias, self.training, MOMENTUM, self.eps)
 
 
 class SplitIdentity(nn.Module):

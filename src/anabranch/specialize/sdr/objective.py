@@ -4,11 +4,13 @@
 Paper     : SDR, Liu et al., AAAI 2022 (arXiv 2205.13267); the equation of its distillation could not be read.
 Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_k; W_k, W_0),  the shared model's own
             turns without L_kd;  L_kd = 1/2 D(p1_k, z2_0) + 1/2 D(p2_k, z1_0),  D(p, z) = -cos(p, stopgrad z),
-            z_0 from W_0 with its running statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
+            z_0 from W_0 by batch statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
 Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
-Differs   : L_kd and its schedule are ours. The shared model has turns of its own in a fixed share of the steps, instead
-            of a coin toss. Heads are common to all paths, their running statistics are not. BYOL's target is a copy of
-            the super-net that starts anew with each phase and moves on the paths of a step alone.
+Differs   : L_kd and its schedule are ours. A teacher in eval mode ruins the sub-nets: its running statistics lag behind
+            weights that all paths move, its embeddings share an offset, and to predict that is to collapse. The shared
+            model has turns in a fixed share of the steps, instead of a coin toss. Heads are common to all paths, their
+            running statistics are not. BYOL's target is a copy of the super-net that starts anew with each phase and
+            moves on the paths of a step alone.
 Check     : the teacher gets no gradient and is not asked at beta = 0 (tests/specialize/sdr/test_objective.py);
             two processes equal one (tests/jobs/test_sdr.py).
 """
@@ -97,17 +99,11 @@ class SubnetLearning(nn.Module):
         if self.training:
             self.follow(set(batch["turns"][0].tolist()), momentum(self.config, progress))
         views, beta = views_in(batch, self.training), kd_weight(self.config, progress)
-        # asked before any turn moves its statistics, so that the order of turns, or of processes, does not matter
-        taught = self.taught((views[0], views[1])) if beta > 0 and (batch["path"] != SHARED).any() else None
         terms: dict[str, list[Tensor]] = {"siamese": [], "distill": [], "spread": []}
         mine = []
         for rows, row in turns(batch["path"], batch["turns"].shape[1]):
             mine.append(row)
-            predictions = self.learn(row, (views[0][rows], views[1][rows]), terms)
-            distill = predictions[0].new_zeros(())
-            if taught is not None and row != SHARED:
-                distill = beta * distillation(predictions, (taught[0][rows], taught[1][rows]), self.config.kd_view)
-            terms["distill"].append(distill)
+            self.learn(row, (views[0][rows], views[1][rows]), beta, terms)
         if self.training:
             self.share_statistics(mine)
         siamese, distill = (torch.stack(terms[name]).mean() for name in ("siamese", "distill"))
@@ -118,16 +114,19 @@ class SubnetLearning(nn.Module):
             "spread": torch.stack(terms["spread"]).amin(),
         }
 
-    def learn(self, row: int, views: Pair, terms: dict[str, list[Tensor]]) -> Pair:
-        """Predictions of one turn; its own loss and the spread of its embeddings are added to `terms`."""
+    def learn(self, row: int, views: Pair, beta: float, terms: dict[str, list[Tensor]]) -> None:
+        """The losses of one turn and the spread of its embeddings, added to `terms`."""
         embedded = self.embed(row, views)
         predictions = self.predictor(embedded[0]), self.predictor(embedded[1])
         if self.config.ssl == "byol":
             terms["siamese"].append(byol_loss(predictions, self.followed(row, views)))
         else:
             terms["siamese"].append(simsiam_loss(predictions, embedded))
+        distill = predictions[0].new_zeros(())
+        if row != SHARED and beta > 0:
+            distill = beta * distillation(predictions, self.taught(views), self.config.kd_view)
+        terms["distill"].append(distill)
         terms["spread"].append(spread(embedded[0].detach()))
-        return predictions
 
     def embed(self, row: int, views: Pair, *, frozen: bool = False) -> Pair:
         """z of both views on one path; the path stays active for the predictor."""
@@ -136,7 +135,7 @@ class SubnetLearning(nn.Module):
 
     @torch.no_grad()
     def taught(self, views: Pair) -> Pair:
-        """z_0 of both views from the shared model, with running statistics that stay as they are."""
+        """z_0 of both views from the shared model, whose running statistics stay as they are."""
         return self.embed(SHARED, views, frozen=True)
 
     # BYOL's target -------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class SuperNet(nn.Module):
     def activate(self, row: int, *, frozen: bool = False) -> "SuperNet":
         """Compute path number `row`, or with SHARED the model of all images, from now on.
 
-        frozen   use running statistics even in training, and leave them alone.
+        frozen   leave running statistics alone in training.
         """
         if not (row == SHARED or 0 <= row < len(self.paths)):
             raise ValueError(f"row: expected 0..{len(self.paths) - 1} or {SHARED} (shared), received {row}")
