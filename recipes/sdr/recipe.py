@@ -16,7 +16,7 @@ from anabranch.jobs.settings import MeasureSettings
 
 DOMAINS = ("garments", "animals", "digits", "textures")
 STEPS, BATCH_SIZE = 1000, 64
-FIRST_SEED, SEEDS = 10, 5
+FIRST_SEED, SEEDS = 20, 5
 HERE = Path(__file__).parent
 START, END = "<!-- written by recipe.py -->", "<!-- end -->"
 

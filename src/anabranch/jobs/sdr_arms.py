@@ -74,7 +74,7 @@ class SdrArmSettings:
     groups: int = 4
     split_stages: int = 2
     split_ratio: float = 0.5
-    kd_coef: float = 1.0
+    kd_coef: float = 0.25
     turns_a_step: int = 2
     shared_share: float = 0.2
     num_labels: int = 300

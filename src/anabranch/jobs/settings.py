@@ -135,7 +135,8 @@ class PretrainSettings(PretrainFlags):
     """tree: similar clusters share groups; random: the same paths dealt at random, the control."""
     teacher: Literal["anchor", "supernet"] = "anchor"
     """What the sub-nets are distilled from: one plain path trained on all images, or all groups at once."""
-    kd_coef: float = 1.0
+    kd_coef: float = 0.25
+    """Weight of the distillation; 1 was too much for small nets (recipes/sdr)."""
     kd_schedule: Literal["constant", "anneal"] = "anneal"
     """anneal: half of kd_coef is left at the end of a phase."""
     kd_view: Literal["cross", "same"] = "cross"
