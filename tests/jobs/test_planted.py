@@ -53,5 +53,5 @@ def test_a_contest_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, capf
     assert set(before["separate"][0]["scores"]) == set(TASKS[:2])
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/*.json")}
     resumed = MeasureSettings(**{**vars(settings), "resume": True})
-    assert contest(resumed, arms, ARMS) == before
+    assert contest(resumed, arms, ARMS[:2]) == before
     assert {path: path.stat().st_mtime_ns for path in files} == files
