@@ -61,7 +61,8 @@ def by_arm(results: dict[str, Any]) -> Results:
     """{cell key: result} -> {arm: {seed: result}}, wrong choices as arms of their own."""
     arms: Results = {}
     for result in results.values():
-        name = result["arm"] if result["scope"] == "ffn" else f"{result['arm']}-{result['scope']}"
+        scope = result.get("scope", "ffn")
+        name = result["arm"] if scope == "ffn" else f"{result['arm']}-{scope}"
         arms.setdefault(name, {})[result["seed"]] = result
         if "wrong" in result:
             arms.setdefault(f"{name} wrong", {})[result["seed"]] = {"scores": result["wrong"]}

@@ -126,7 +126,7 @@ def run_sdr_arm(bench: SdrBench, arm: SdrArm) -> dict[str, Any]:
         **dict.fromkeys(VARIANTS, subnets),
     }
     result = work[arm.name](bench, arm, load_plain(bench, arm))
-    return {"arm": arm.name, "scope": "ffn", "seed": arm.seed, "seconds": time.process_time() - started, **result}
+    return {"arm": arm.name, "seed": arm.seed, "seconds": time.process_time() - started, **result}
 
 
 def load_plain(bench: SdrBench, arm: SdrArm) -> nn.Module:

@@ -136,7 +136,7 @@ class PretrainSettings(PretrainFlags):
     teacher: Literal["anchor", "supernet"] = "anchor"
     """What the sub-nets are distilled from: one plain path trained on all images, or all groups at once."""
     kd_coef: float = 0.25
-    """Weight of the distillation; 1 was too much for small nets (recipes/sdr)."""
+    """Weight of the distillation; 1 was too much for small nets, on one seed (recipes/sdr)."""
     kd_schedule: Literal["constant", "anneal"] = "anneal"
     """anneal: half of kd_coef is left at the end of a phase."""
     kd_view: Literal["cross", "same"] = "cross"

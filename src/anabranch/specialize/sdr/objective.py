@@ -6,8 +6,8 @@ Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_
             turns without L_kd;  L_kd = 1/2 D(p1_k, z2_0) + 1/2 D(p2_k, z1_0),  D(p, z) = -cos(p, stopgrad z),
             z_0 from W_0 by batch statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
 Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
-Differs   : L_kd, its weight and its schedule are ours; weight 1 cost small nets 5 points. A teacher in eval mode ruins
-            the sub-nets: its running statistics lag behind weights that all paths move, its embeddings share an offset,
+Differs   : L_kd, its weight and its schedule are ours; weight 1 cost 5 points (small nets, one seed). A teacher in
+            eval mode ruins the sub-nets: its running statistics lag behind weights that all paths move, its embeddings share an offset,
             and to predict that is to collapse. The shared model has turns in a fixed share of the steps, instead of a
             coin toss. Heads are common to all paths, their running statistics are not. BYOL's target is a copy of the
             super-net that starts anew with each phase and moves on the paths of a step alone.

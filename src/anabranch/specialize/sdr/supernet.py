@@ -117,7 +117,7 @@ class SuperNet(nn.Module):
         """The plain ResNetModel of a path; every tensor is a copy.
 
         keep     share of each group's channels that stay; below 1 the model is narrower, and its running statistics
-                 have to be measured anew (`recalibrate`).
+                 have to be measured anew.
         """
         path = self.path_of(row)
         if path is None:
