@@ -7,10 +7,10 @@ Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_
             z_0 from W_0 by batch statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
 Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
 Differs   : L_kd, its weight and its schedule are ours; weight 1 cost 5 points (small nets, one seed). A teacher in
-            eval mode ruins the sub-nets: its running statistics lag behind weights that all paths move, its embeddings share an offset,
-            and to predict that is to collapse. The shared model has turns in a fixed share of the steps, instead of a
-            coin toss. Heads are common to all paths, their running statistics are not. BYOL's target is a copy of the
-            super-net that starts anew with each phase and moves on the paths of a step alone.
+            eval mode ruins the sub-nets; likely its running statistics lag behind weights that all paths move, its
+            embeddings share an offset, and to predict that is to collapse. The shared model has turns in a fixed share
+            of the steps, instead of a coin toss. Heads are common to all paths, their running statistics are not.
+            BYOL's target is a copy of the super-net that starts anew with each phase and moves on a step's paths alone.
 Check     : the teacher gets no gradient and is not asked at beta = 0 (tests/specialize/sdr/test_objective.py);
             two processes equal one (tests/jobs/test_sdr.py).
 """
