@@ -25,6 +25,7 @@ from anabranch.jobs.clusters import described, obtain_clusters
 from anabranch.jobs.learners import family_of, learner
 from anabranch.jobs.measure import write_json
 from anabranch.jobs.sdr_checks import base_steps, check_request
+from anabranch.jobs.sdr_monitor import look
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.stages import (
     finish,
@@ -59,9 +60,9 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         clusters = obtain_clusters(settings, plain.model, images, run, count)
         planned = plan(settings, plain.model, clusters)
         schedules = schedule(settings, planned)
-        learned, stages = learn(settings, plain, images, clusters, planned, schedules, run)
+        learned, stages, seen = learn(settings, plain, images, clusters, planned, schedules, run)
         publish(run / "model", lambda folder: save_subnets(folder, learned.net, planned[-1]))
-        summary = describe(settings, learned.net, clusters, planned, schedules, stages)
+        summary = describe(settings, learned.net, clusters, planned, schedules, stages) | {"directions": seen}
         finish(run, settings, images, summary)
     return summary
 
@@ -103,9 +104,9 @@ def learn(
     planned: Sequence[Phase],
     schedules: Sequence[Rounds],
     run: Path,
-) -> tuple[SubnetLearning, list[dict[str, Any]]]:
-    """All phases after phase 0; those that are finished are read back."""
-    learned, stages = unsplit(settings, plain, images), []
+) -> tuple[SubnetLearning, list[dict[str, Any]], dict[str, Any]]:
+    """All phases after phase 0; those that are finished are read back. Last, the directions of the features."""
+    learned, stages, seen = unsplit(settings, plain, images), [], {}
     for number, (phase, rounds) in enumerate(zip(planned, schedules, strict=True), 1):
         say(f"phase {number}: {len(phase.paths)} sub-nets, {phase.num_split} stages split, {phase.steps} steps")
         learned = grown(learned, phase.paths, phase.num_split, phase.steps)
@@ -114,7 +115,8 @@ def learn(
             stages.append(
                 train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", settings.learning_rate)
             )
-    return learned, stages
+        seen = look(learned.net, plain.model, images, number)
+    return learned, stages, seen
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from anabranch.jobs.effects import mean_scores, picked_scores
 from anabranch.jobs.embed import embed
 from anabranch.jobs.learners import learner, training
 from anabranch.jobs.measure import PRIMARY, Corpus, heads_file, probe_tasks, shared_model, thinned
-from anabranch.measure.rank import directions
+from anabranch.jobs.sdr_monitor import directions_of
 from anabranch.models import resnet
 from anabranch.reuse.nearest import best, leave_one_out
 from anabranch.specialize.sdr import phases, supernet
@@ -57,7 +57,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What is other than in `sdr`."""
 SAMPLED = 4
 """Sub-nets of random images that are probed."""
-RANK_IMAGES = 2000
 LAST_STEPS = 50
 """Steps at the end of training over which the spread of the embeddings is averaged."""
 
@@ -154,12 +153,14 @@ def account(total_steps: int, images: int, own_steps: float, own_images: float) 
 
 
 def untrained(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
-    return {"scores": probed(bench, arm, resnet.fresh(plain.model.config, arm.seed)), **account(0, 0, 0, 0)}
+    model = resnet.fresh(plain.model.config, arm.seed)
+    return {"scores": probed(bench, arm, model), "ranks": directions_of([model], bench.pool), **account(0, 0, 0, 0)}
 
 
 def base_alone(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     steps, images = bench.settings.base_steps, bench.settings.base_steps * bench.settings.batch_size
-    return {"scores": probed(bench, arm, plain.model), **account(steps, images, steps, images)}
+    spent = account(steps, images, steps, images)
+    return {"scores": probed(bench, arm, plain.model), "ranks": directions_of([plain.model], bench.pool), **spent}
 
 
 @dataclass
@@ -197,7 +198,7 @@ def continued(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     total = settings.base_steps + settings.steps
     spent = account(total, total * settings.batch_size, total, total * settings.batch_size)
     scores = probed(bench, arm, plain.model)
-    return {"scores": scores, "rank": rank(bench, [plain.model]), **learned.told(), **spent}
+    return {"scores": scores, "ranks": directions_of([plain.model], bench.pool), **learned.told(), **spent}
 
 
 def find_clusters(bench: SdrBench, arm: SdrArm, base: nn.Module) -> Clustering:
@@ -224,14 +225,14 @@ def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     told = learned.told() | account(
         spent.total_steps, spent.images_seen, spent.steps_touching_path[0], spent.images_seen_by_path[0]
     )
+    told |= {"ranks": directions_of(map(net.extract, range(len(net.paths))), bench.pool)}
     if variant.get("shuffled"):  # a task has no reason to prefer one of them: their mean is what it can expect
         models = [net.extract(row) for row in range(min(SAMPLED, len(net.paths)))]
         scores = mean_scores(corpus, [probed(bench, arm, model) for model in models], range(len(models)))
-        return told | {"scores": scores, "rank": rank(bench, models)}
+        return told | {"scores": scores}
     votes = {task.name: vote(base, clusters, planned[-1], task) for task in corpus.tasks}
     picked = {name: row for name, (row, _) in votes.items()}
     told |= {
-        "rank": rank(bench, [net.extract(row) for row in sorted(set(picked.values()))]),
         "coverage": {name: share for name, (_, share) in votes.items()},
         "purity": {task.name: purity(bench, planned[-1].of_cluster[labels] == picked[task.name], t)
                    for t, task in enumerate(corpus.tasks)},
@@ -265,12 +266,6 @@ def of_picked(
     for task in bench.corpus.tasks:
         scores |= probe_tasks(model_of(picked[task.name]).eval(), [task], bench.settings, arm.seed)
     return scores
-
-
-def rank(bench: SdrBench, models: Sequence[nn.Module]) -> float:
-    """Directions that the features of all sources use, mean over models."""
-    few = at_most(bench.pool, RANK_IMAGES, seed=0)
-    return sum(directions(embed(model, few)) for model in models) / len(models)
 
 
 def purity(bench: SdrBench, mine: Tensor, task: int) -> float:
@@ -363,7 +358,7 @@ def separate(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
         models[k] = mine.model
     first, images = settings.base_steps, settings.base_steps * settings.batch_size
     spent = account(first + steps * count, images + steps * count * share, first + steps, images + steps * share)
-    told = spent | learned.told() | {"rank": rank(bench, list(models.values()))}
+    told = spent | learned.told() | {"ranks": directions_of(models.values(), bench.pool)}
     if arm.name == "oracle":
         return told | picked_scores(corpus, [probed(bench, arm, models[k]) for k in range(count)], picked)
     return told | {"scores": of_picked(bench, arm, models.__getitem__, picked)}

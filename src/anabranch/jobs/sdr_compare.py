@@ -15,6 +15,7 @@ from anabranch.jobs.recipe_table import cell, diagnosis, learning_curves, proces
 from anabranch.jobs.sdr_arms import SdrArm, SdrArmSettings, SdrBench, run_sdr_arm
 from anabranch.jobs.settings import MeasureSettings
 from anabranch.measure.intervals import interval
+from anabranch.measure.rank import collapsed
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
@@ -78,7 +79,7 @@ def summarise(results: dict[str, Any], tasks: list[str], budget: SdrArmSettings)
         "coverage": {t: float(np.mean([r["coverage"][t] for r in found["sdr"].values()])) for t in tasks},
         "purity": {t: float(np.mean([r["purity"][t] for r in found["sdr"].values()])) for t in tasks},
         "spread": {name: over_seeds(runs, "spread") for name, runs in found.items() if has_losses(runs)},
-        "rank": {name: over_seeds(runs, "rank") for name, runs in found.items() if has_losses(runs)},
+        "ranks": {name: {seed: r["ranks"] for seed, r in found[name].items()} for name in plain},
         "regret": {
             "by votes": regret(found, tasks, lambda result: result["regret"]),
             f"by {budget.num_labels} labels": regret(found, tasks, lambda result: result["by_neighbours"]["regret"]),
@@ -134,12 +135,7 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
             ["arm", *(name for name in DIAL if name in result["levels"])],
             [["mean over tasks", *(level_of(result, name) for name in DIAL if name in result["levels"])]],
         ),
-        "**Collapse**: spread of the embeddings in the last steps, of the narrowest turn of each (1 healthy, 0 "
-        "collapsed), and directions that hold 95 % of the variance of the features, mean over models that tasks get",
-        table(
-            ["arm", "spread", "directions"],
-            [[name, f"{result['spread'][name]:.2f}", f"{result['rank'][name]:.1f}"] for name in result["spread"]],
-        ),
+        collapse_table(result),
         "**Learning curves**: accuracy, mean over tasks, at steps of the first stage",
         learning_curves(transfer),
         processor_time(transfer, result),
@@ -167,5 +163,23 @@ def choice_table(result: dict[str, Any]) -> str:
             "**What a better choice would gain**: points by which the sub-net that is best on half of the test images "
             "beats the chosen one on the other half, mean over tasks",
             table(["chosen", "points"], lost),
+        ]
+    )
+
+
+def collapse_table(result: dict[str, Any]) -> str:
+    """What the monitor says of every arm, and what the spread of the embeddings would have said."""
+    base, rows = result["ranks"]["base"], []
+    for name, of_seed in result["ranks"].items():
+        found = [count for counts in of_seed.values() for count in counts]
+        narrow = sum(collapsed(count, base[seed][0]) for seed, counts in of_seed.items() for count in counts)
+        spread = f"{result['spread'][name]:.2f}" if name in result["spread"] else ""
+        rows.append([name, spread, f"{np.mean(found):.1f}", str(min(found)), f"{narrow} of {len(found)}"])
+    return "\n\n".join(
+        [
+            "**Collapse**: spread of the embeddings in the last steps, of the narrowest turn of each (1 healthy, 0 "
+            "collapsed); directions that hold 95 % of the variance of the features; models in all seeds of which the "
+            "monitor speaks, because they use fewer than half of the directions of the base",
+            table(["arm", "spread", "directions, mean", "least", "collapsed"], rows),
         ]
     )

@@ -14,6 +14,8 @@ from torch import Tensor
 
 SHARE = 0.95
 CONSTANT = 1e-6
+FEWER = 0.5
+"""Share of a healthy model's directions below which features count as collapsed."""
 
 
 def directions(features: Tensor) -> int:
@@ -25,3 +27,8 @@ def directions(features: Tensor) -> int:
     x_ND = (features.double()[:, kept] - mean_D[kept]) / variance_D[kept].sqrt()
     variances = torch.linalg.eigvalsh(torch.cov(x_ND.T).reshape(int(kept.sum()), -1)).flip(0).clamp(min=0)
     return int((variances.cumsum(0) / variances.sum() < SHARE).sum()) + 1
+
+
+def collapsed(found: int, healthy: int) -> bool:
+    """Does a model use fewer than half of the directions that a healthy one, of which it was made, uses?"""
+    return found < FEWER * healthy
