@@ -15,14 +15,24 @@ from anabranch.jobs.recipe_table import table
 from anabranch.jobs.settings import MeasureSettings
 
 CODES, STEPS, BATCH_SIZE = 6, 1000, 96
-FIRST_SEED, SEEDS = 110, 5
-ARMS = (("continued", "ffn"), ("separate", "ffn"), ("moce", "encoder"), ("random-clusters", "encoder"))
+FIRST_SEED, SEEDS = 120, 5
+ARMS = (
+    *(("continued", "ffn"), ("separate", "ffn"), ("moce", "ffn")),
+    *(("moce", "encoder"), ("random-clusters", "encoder")),
+    *(("moce", "autoencoder"), ("random-clusters", "autoencoder"), ("oracle", "autoencoder")),
+)
 DIFFERENCES = (
     ("separate", "continued"),
     ("separate", "separate wrong"),
+    ("moce", "continued"),
+    ("moce-encoder", "continued"),
     ("moce-encoder", "random-clusters-encoder"),
     ("moce-encoder", "moce-encoder wrong"),
-    ("moce-encoder", "continued"),
+    ("moce-autoencoder", "continued"),
+    ("moce-autoencoder", "random-clusters-autoencoder"),
+    ("moce-autoencoder", "moce-autoencoder wrong"),
+    ("moce-autoencoder", "separate"),
+    ("oracle-autoencoder", "separate"),
 )
 
 

@@ -6,31 +6,46 @@ python recipes/moce/recipe.py --tiny    # a smoke run in under three minutes; wr
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from anabranch.jobs import demo
 from anabranch.jobs.arms import ArmSettings
-from anabranch.jobs.demo import ARMS, compare
+from anabranch.jobs.demo import compare
 from anabranch.jobs.demo_page import write_demo_page
 from anabranch.jobs.measure import measure
 from anabranch.jobs.recipe_table import tables
-from anabranch.jobs.settings import MeasureSettings
+from anabranch.jobs.settings import DemoFlags, MeasureSettings
 
-BATCH_SIZE = 64
-FFN = [(arm, "ffn") for arm in ("random-init", "continued", "moce", "random-clusters")]
-ENCODER = [("moce", "encoder"), ("random-clusters", "encoder")]
+FFN = tuple((arm, "ffn") for arm in ("random-init", "continued", "moce", "random-clusters"))
+ENCODER = (("moce", "encoder"), ("random-clusters", "encoder"))
+AUTOENCODER = (("moce", "autoencoder"), ("random-clusters", "autoencoder"))
+CONTROLS = tuple((arm, "ffn") for arm in ("token-moe", "separate", "oracle"))
+
+
+class Experiment(NamedTuple):
+    domains: tuple[str, ...]
+    first_seed: int
+    seeds: int
+    budget: ArmSettings
+    arms: tuple[tuple[str, str], ...]
+
+
 EXPERIMENTS = {
-    # name: domains, first seed, seeds, steps, experts, clusters, arms
-    "pair": (("garments", "digits"), 20, 15, 1500, 2, 8, FFN + ENCODER),
-    "four": (
-        ("garments", "animals", "digits", "textures"),
-        0,
-        3,
-        1000,
-        4,
-        12,
-        [(arm, "ffn") for arm in ARMS],
-    ),  # the demo's
+    "pair": Experiment(
+        ("patchwork:garments", "patchwork:digits"),
+        *(20, 15),
+        ArmSettings(steps=1500, batch_size=64, num_experts=2, num_clusters=8),
+        (*FFN, *ENCODER, *AUTOENCODER, ("separate", "ffn")),
+    ),
+    "four": Experiment(
+        ("patchwork:garments", "patchwork:animals", "patchwork:digits", "patchwork:textures"),
+        *(0, 3),
+        ArmSettings(steps=1000, batch_size=64, num_experts=4, num_clusters=12),
+        FFN + CONTROLS,
+    ),
+    "demo": Experiment(demo.SOURCES, 0, DemoFlags.seeds, demo.budget(DemoFlags.steps), demo.ARMS),
 }
 HERE = Path(__file__).parent
 
@@ -51,25 +66,23 @@ def folder(name: str, tiny: bool) -> Path:
 
 def run(name: str, tiny: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """The transfer matrix and the arms of one experiment, made now or read from its run."""
-    domains, first_seed, seeds, steps, num_experts, num_clusters, arms = EXPERIMENTS[name]
+    wanted = EXPERIMENTS[name]
+    budget = replace(wanted.budget, steps=60) if tiny else wanted.budget
     settings = MeasureSettings(
-        sources=tuple(f"patchwork:{domain}" for domain in domains),
-        tasks=tuple(f"patchwork:{domain}" for domain in domains),
+        sources=wanted.domains,
+        tasks=wanted.domains,
         out=folder(name, tiny),
-        steps=60 if tiny else steps,
-        seeds=2 if tiny else seeds,
-        first_seed=first_seed,
-        batch_size=BATCH_SIZE,
+        steps=budget.steps,
+        seeds=2 if tiny else wanted.seeds,
+        first_seed=wanted.first_seed,
+        batch_size=budget.batch_size,
         probe_points=1 if tiny else 3,
         resume=folder(name, tiny).exists(),
     )
     # 1. pre-train on every source and on all; probe every task: the transfer matrix
     transfer = measure(settings)
     # 2. cluster the features of the shared model, give clusters to experts, train on; and every arm beside it
-    budget = ArmSettings(
-        steps=settings.steps, batch_size=BATCH_SIZE, num_experts=num_experts, num_clusters=num_clusters
-    )
-    return transfer, compare(settings, budget, FFN if tiny else arms)
+    return transfer, compare(settings, budget, wanted.arms)
 
 
 def replace_section(name: str, text: str) -> None:

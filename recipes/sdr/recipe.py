@@ -12,6 +12,7 @@ from typing import Any
 from anabranch.jobs.measure import measure
 from anabranch.jobs.sdr_arms import SdrArmSettings
 from anabranch.jobs.sdr_compare import compare_subnets, tables
+from anabranch.jobs.sdr_page import dial, write_subnet_page
 from anabranch.jobs.settings import MeasureSettings
 
 DOMAINS = ("garments", "animals", "digits", "textures")
@@ -52,12 +53,14 @@ def run(tiny: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def main(tiny: bool) -> None:
-    # 3. the tables
-    text = tables(*run(tiny))
+    # 3. the page and the tables
+    transfer, result = run(tiny)
+    page, text = write_subnet_page(settings(tiny).out), tables(transfer, result)
     if not tiny:
+        (HERE / "dial.svg").write_text(dial(result).svg, encoding="utf-8")
         before, _, rest = (HERE / "README.md").read_text(encoding="utf-8").partition(START)
         (HERE / "README.md").write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    print(text)
+    print(f"{text}\n\n{page}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from anabranch.jobs.effects import difference
 from anabranch.jobs.settings import MeasureSettings
 
 CODES, STEPS, BATCH_SIZE = 6, 1000, 96
-FIRST_SEED, SEEDS = 110, 5
+FIRST_SEED, SEEDS = 120, 5
 SPECS = tuple(f"planted:garments-{number}" for number in range(CODES))
 TASKS = [spec.partition(":")[2] for spec in SPECS]
-ARMS = [("continued", "ffn"), ("separate", "ffn"), ("moce", "encoder"), ("random-clusters", "encoder")]
+ARMS = [("continued", "ffn"), ("separate", "ffn"), ("moce", "autoencoder"), ("random-clusters", "autoencoder")]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def results(tmp_path_factory):
         sources=SPECS, tasks=SPECS, out=tmp_path_factory.mktemp("runs") / "planted", steps=STEPS,
         batch_size=BATCH_SIZE, probe_points=1, first_seed=FIRST_SEED, seeds=SEEDS,
     )  # fmt: skip
-    return contest(settings, ArmSettings(steps=STEPS, batch_size=BATCH_SIZE, num_experts=CODES), ARMS)
+    arms = ArmSettings(steps=STEPS, batch_size=BATCH_SIZE, num_experts=CODES, num_clusters=3 * CODES)
+    return contest(settings, arms, ARMS)
 
 
 @pytest.mark.slow
@@ -39,7 +40,17 @@ def test_the_model_of_its_own_code_beats_those_of_the_others(results):
 
 @pytest.mark.slow
 def test_experts_of_clusters_beat_those_of_random_groups(results):
-    assert difference(results, "moce-encoder", "random-clusters-encoder", TASKS).low > 0
+    assert difference(results, "moce-autoencoder", "random-clusters-autoencoder", TASKS).low > 0
+
+
+@pytest.mark.slow
+def test_the_right_expert_beats_the_wrong_ones(results):
+    assert difference(results, "moce-autoencoder", "moce-autoencoder wrong", TASKS).low > 0
+
+
+@pytest.mark.slow
+def test_experts_of_clusters_beat_the_shared_model_that_was_trained_on(results):
+    assert difference(results, "moce-autoencoder", "continued", TASKS).low > 0
 
 
 def test_a_contest_trains_every_arm_once_and_goes_on_where_it_was(tmp_path, capfd):

@@ -37,7 +37,7 @@ def step(objective, batch, steps=1):
 
 
 @pytest.mark.parametrize("assignment", ["gate", "fixed"])
-@pytest.mark.parametrize("scope", ["ffn", "blocks", "encoder"])
+@pytest.mark.parametrize("scope", ["ffn", "blocks", "encoder", "autoencoder"])
 def test_one_expert_is_the_dense_model_bit_for_bit_also_in_training(base, centroids, batch, assignment, scope):
     dense = MaskedAutoencoding(vit_mae.copy_of(base)).train()
     model = insert(base, centroids, num_experts=1, assignment=assignment, expert_scope=scope, init_noise=0.0)
@@ -52,7 +52,7 @@ def test_one_expert_is_the_dense_model_bit_for_bit_also_in_training(base, centro
         assert all(torch.equal(taken[name], tensor) for name, tensor in dense.model.state_dict().items())
 
 
-@pytest.mark.parametrize("scope", ["ffn", "blocks", "encoder"])
+@pytest.mark.parametrize("scope", ["ffn", "blocks", "encoder", "autoencoder"])
 def test_insertion_keeps_the_function_for_every_cluster(base, centroids, batch, scope):
     model = insert(base, centroids, expert_scope=scope, init_noise=0.0)
     pixel_values = vit_mae.normalise(batch["pixels"])

@@ -31,7 +31,7 @@ from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
 from anabranch.jobs.clusters import fingerprint
 from anabranch.jobs.corpus import at_most, mixture
-from anabranch.jobs.effects import mean_scores, picked_scores
+from anabranch.jobs.effects import arm_name, mean_scores, picked_scores
 from anabranch.jobs.embed import embed
 from anabranch.jobs.measure import Corpus, probe_tasks, shared_model, thinned, write_json
 from anabranch.jobs.pretrain_experts import save_experts
@@ -60,6 +60,7 @@ class ArmSettings:
     num_experts: int = 5
     num_clusters: int = 15
     expert_scope: str = "ffn"
+    """Of the experts that the page is about, whose runs are kept."""
     num_labels: int = 300
     num_draws: int = 5
 
@@ -72,7 +73,7 @@ class Arm:
 
     @property
     def key(self) -> str:
-        return f"{self.name}{'' if self.scope == 'ffn' else '-' + self.scope}.seed-{self.seed}"
+        return f"{arm_name(self.name, self.scope)}.seed-{self.seed}"
 
     @property
     def stream_seed(self) -> int:
@@ -232,7 +233,7 @@ def clustered(bench: Bench, arm: Arm, base: nn.Module) -> dict[str, Any]:
     if arm.name in ("moce", "moce-gate"):
         purity = group_purity(groups[ids], bench.domains, settings.num_experts)
         result |= {"purity": purity, **watch(model, base, clusters, corpus, settings.num_experts)}
-    if arm.name == "moce" and arm.scope == "ffn":
+    if arm.name == "moce" and arm.scope == settings.expert_scope:
         keep(bench, arm, base, clusters, model, config, groups)
     return result
 

@@ -119,8 +119,8 @@ def ignored(settings: PretrainSettings) -> list[tuple[str, str, str]]:
     if settings.base is not None:
         built = [*BUILD_ONLY, "learning_rate"] if method in AUTOENCODERS else BUILD_ONLY
         found += [(name, "the base is given", "leave --base out") for name in built]
-    if settings.expert_scope == "encoder":
-        found += [("expert_layers", "the scope is the whole encoder", "--expert-scope blocks")]
+    if settings.expert_scope in ("encoder", "autoencoder"):
+        found += [("expert_layers", f"the scope is the whole {settings.expert_scope}", "--expert-scope blocks")]
     return found
 
 

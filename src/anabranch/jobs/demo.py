@@ -11,17 +11,23 @@ from anabranch import __version__
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.customize import customize
-from anabranch.jobs.effects import after_routing, arm_seconds, by_arm, effects, level, mean_over_seeds
+from anabranch.jobs.effects import after_routing, arm_name, arm_seconds, by_arm, effects, level, mean_over_seeds
 from anabranch.jobs.measure import _plain, measure, open_corpus, run_cells, write_json
 from anabranch.jobs.settings import CustomizeSettings, DemoFlags, MeasureSettings
 from anabranch.measure.intervals import Interval
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
-ARMS = ("random-init", "continued", "moce", "random-clusters", "token-moe", "separate", "oracle")
-DOMAINS = ("garments", "animals", "digits", "textures")
-BATCH_SIZE = 64
-NUM_EXPERTS, NUM_CLUSTERS = 4, 12
+SOURCES = ("patchwork:garments", "patchwork:digits", *(f"planted:garments-{code}" for code in range(3)))
+"""Two real domains, and a planted conflict: the first of them in three pixel codes."""
+BATCH_SIZE = 60
+NUM_EXPERTS, NUM_CLUSTERS = 5, 15
+SCOPE = "autoencoder"
+"""What an expert is a copy of: conflicting sources fight over the linear maps from and to pixels first."""
+ARMS = (
+    *(("random-init", "ffn"), ("continued", "ffn"), ("separate", "ffn"), ("token-moe", "ffn")),
+    *(("moce", SCOPE), ("random-clusters", SCOPE)),
+)
 
 
 def demo(flags: DemoFlags) -> Path:
@@ -30,19 +36,18 @@ def demo(flags: DemoFlags) -> Path:
         raise UsageError(f"there is no demo {flags.topic!r}", hint=did_you_mean(flags.topic, ["transfer"]))
     started = time.monotonic()
     settings = MeasureSettings(
-        sources=tuple(f"patchwork:{name}" for name in DOMAINS),
-        tasks=tuple(f"patchwork:{name}" for name in DOMAINS),
+        sources=SOURCES,
+        tasks=SOURCES,
         out=flags.out,
         steps=flags.steps,
         seeds=flags.seeds,
         batch_size=BATCH_SIZE,
         resume=flags.resume,
     )
-    print(f"1/3  one model a domain and one for all: {flags.seeds} seeds of {len(DOMAINS) + 1} models", flush=True)
+    print(f"1/3  one model a domain and one for all: {flags.seeds} seeds of {len(SOURCES) + 1} models", flush=True)
     transfer = measure(settings)
-    budget = ArmSettings(steps=flags.steps, batch_size=BATCH_SIZE, num_experts=NUM_EXPERTS, num_clusters=NUM_CLUSTERS)
     print("2/3  experts, and the arms they are compared with", flush=True)
-    result = compare(settings, budget, [(name, "ffn") for name in ARMS])
+    result = compare(settings, budget(flags.steps), ARMS)
     print("3/3  an ordinary checkpoint for each task", flush=True)
     for spec in settings.tasks:
         out = flags.out / "customized" / spec.partition(":")[2]
@@ -54,6 +59,13 @@ def demo(flags: DemoFlags) -> Path:
     return page
 
 
+def budget(steps: int) -> ArmSettings:
+    """Of every arm."""
+    return ArmSettings(
+        steps=steps, batch_size=BATCH_SIZE, num_experts=NUM_EXPERTS, num_clusters=NUM_CLUSTERS, expert_scope=SCOPE
+    )
+
+
 def compare(settings: MeasureSettings, arms: ArmSettings, wanted: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Train the wanted (arm, scope) pairs for all seeds of a finished measurement; writes and returns demo.json."""
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
@@ -62,23 +74,26 @@ def compare(settings: MeasureSettings, arms: ArmSettings, wanted: Sequence[tuple
         bench = Bench(arms, open_corpus(settings), run.path)
         made_with = {"arms": asdict(arms), "measure": _plain(settings), "version": __version__}
         results = run_cells(run.path / "arms", cells, run_arm, bench, made_with, settings.workers, stop)
-        summary = summarise(results, [task.name for task in bench.corpus.tasks], arms)
+        summary = {"sources": list(settings.sources)}
+        summary |= summarise(results, [task.name for task in bench.corpus.tasks], arms)
         write_json(run.path / "demo.json", summary)
     return summary
 
 
 def summarise(results: dict[str, Any], tasks: list[str], arms: ArmSettings) -> dict[str, Any]:
     table = by_arm(results)
-    watched = [name for name in ("moce", "moce-gate", "token-moe") if name in table]
-    moce = table["moce"]
+    experts = arm_name("moce", arms.expert_scope)
+    watched = [name for name in (experts, arm_name("moce-gate", arms.expert_scope), "token-moe") if name in table]
     return {
         "tasks": tasks,
+        "experts": experts,
+        "scope": arms.expert_scope,
         "steps": arms.steps,
         "batch_size": arms.batch_size,
         "num_experts": arms.num_experts,
         "num_clusters": arms.num_clusters,
         "num_labels": arms.num_labels,
-        "seeds": sorted(moce),
+        "seeds": sorted(table[experts]),
         "effects": effects(table, tasks),
         "effects_knn": effects(table, tasks, "knn"),
         "levels": {
@@ -88,11 +103,11 @@ def summarise(results: dict[str, Any], tasks: list[str], arms: ArmSettings) -> d
             }
             for name in table
         },
-        "after_routing": after_routing(table, tasks),
+        "after_routing": after_routing(table, tasks, experts),
         "semantics": {name: semantics(table[name]) for name in watched},
         "load": {name: next(iter(table[name].values()))["load"] for name in watched},
-        "coverage": {task: float(mean_over_seeds(table, "moce", lambda r, t=task: r["coverage"][t])) for task in tasks},
-        "purity": float(mean_over_seeds(table, "moce", lambda r: r["purity"])),
+        "coverage": {t: float(mean_over_seeds(table, experts, lambda r, t=t: r["coverage"][t])) for t in tasks},
+        "purity": float(mean_over_seeds(table, experts, lambda r: r["purity"])),
         "losses": {name: next(iter(found.values()))["losses"] for name, found in table.items() if has_losses(found)},
         "arm_seconds": arm_seconds(table),
         "seconds": sum(result["seconds"] for result in results.values()),
@@ -123,5 +138,5 @@ def tell(transfer: dict[str, Any], result: dict[str, Any], seconds: float, page:
     print()
     for effect in result["effects"]:
         found = Interval(effect["mean"], effect["low"] or float("nan"), effect["high"] or float("nan"), effect["count"])
-        print(f"{effect['name']:<52} {found!s:<26} {effect['verdict']}")
+        print(f"{effect['name']:<66} {found!s:<26} {effect['verdict']}")
     print(f"\n{seconds / 60:.1f} minutes. The page to look at: {page}")

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.jobs.corpus import mixture, open_together
-from anabranch.jobs.effects import verdict
+from anabranch.jobs.effects import SCOPES, arm_name
 from anabranch.jobs.embed import embed
 from anabranch.jobs.pages import ends, estimated, transfer_facts, transfer_lead, transfer_sections
 from anabranch.jobs.pretrain_page import cluster_section
-from anabranch.measure.intervals import Interval
 from anabranch.models import vit_mae
 from anabranch.report.figures import Effect, Matrix, curves, forest, loads, two_matrices
 from anabranch.report.page import Page, Section, Table, write
@@ -27,13 +26,13 @@ def write_demo_page(run: Path) -> Path:
     result = json.loads((run / "demo.json").read_text(encoding="utf-8"))
     page = Page(
         title="Where sharing hurts, and what experts do about it",
-        lead=[*transfer_lead(transfer), *experts_lead(result)],
+        lead=[*transfer_lead(transfer), *planted_lead(result), *experts_lead(result)],
         facts=[*transfer_facts(transfer)[:-1], *arm_facts(transfer, result)],
         sections=[
             *transfer_sections(transfer)[:2],
             side_by_side(transfer, result),
-            effect_section(transfer, result),
-            *cluster_sections(run, transfer),
+            effect_section(result),
+            *cluster_sections(run, result["sources"]),
             who_serves_whom(result),
             what_routers_see(result),
             arm_table(result),
@@ -45,23 +44,39 @@ def write_demo_page(run: Path) -> Path:
     return write(page, run / "report.html")
 
 
-def effect_of(result: dict[str, Any], left: str, right: str) -> dict[str, Any]:
-    return next(effect for effect in result["effects"] if (effect["left"], effect["right"]) == (left, right))
+def planted_lead(result: dict[str, Any]) -> list[str]:
+    """What is artificial, said before any number of it is read."""
+    planted = [spec.partition(":")[2] for spec in result["sources"] if spec.startswith("planted:")]
+    if not planted:
+        return []
+    return [
+        f"{', '.join(planted)} are a planted conflict: one real domain in {len(planted)} pixel codes, which one narrow "
+        "network cannot read at once. They show what is done where sharing has to hurt, not how often it does."
+    ]
 
 
 def experts_lead(result: dict[str, Any]) -> list[str]:
-    wrong, fair = effect_of(result, "moce", "moce wrong"), effect_of(result, "moce", "continued")
+    """The comparisons that were run, each in a sentence with its interval and its verdict."""
+    experts, scope = result["experts"], result["scope"]
+    said = {
+        ("separate", "continued"): "One model a domain, minus the shared model, both trained on from the same start "
+        "with equally many images and steps",
+        (experts, arm_name("random-clusters", scope)): "Experts of clusters that were found without labels, minus "
+        "experts of random groups",
+        (experts, f"{experts} wrong"): "The expert that a task picks, minus the experts that it does not pick",
+        (experts, "continued"): "Experts of clusters, minus the shared model trained on equally long",
+    }
+    found = {(effect["left"], effect["right"]): effect for effect in result["effects"]}
     return [
-        f"The expert that a task picks, minus the experts it does not pick: {estimated(wrong)} points "
-        f"({wrong['verdict']}).",
-        f"Against the same model trained on without experts, equally long on the same images: {estimated(fair)} points "
-        f"({fair['verdict']} at this size).",
+        f"{words}: {estimated(found[pair])} points ({found[pair]['verdict']})."
+        for pair, words in said.items()
+        if pair in found
     ]
 
 
 def arm_facts(transfer: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, object]]:
     return [
-        ("experts", f"{result['num_experts']} in every block, for {result['num_clusters']} clusters"),
+        ("experts", f"{result['num_experts']} for {result['num_clusters']} clusters{SCOPES[result['scope']]}"),
         ("stage with experts", f"{result['steps']:,} steps of {result['batch_size']} images, the same for every arm"),
         ("processor time", f"{(transfer['seconds'] + result['seconds']) / 60:.0f} minutes"),
     ]
@@ -88,12 +103,8 @@ def side_by_side(transfer: dict[str, Any], result: dict[str, Any]) -> Section:
     return Section("Before and after routing", text=text, figures=[figure])
 
 
-def effect_section(transfer: dict[str, Any], result: dict[str, Any]) -> Section:
+def effect_section(result: dict[str, Any]) -> Section:
     rows = [Effect(e["name"], e["mean"], e["low"], e["high"], e["count"], e["verdict"]) for e in result["effects"]]
-    for task in transfer["tasks"]:
-        if task["task"] == "gratings":
-            name = "gratings learned alone over the shared model (planted)"
-            rows.append(Effect(name, *planted(task["gap_own"])))
     table = Table(
         "Every difference, task by task",
         ["difference", *result["tasks"]],
@@ -110,24 +121,19 @@ def effect_section(transfer: dict[str, Any], result: dict[str, Any]) -> Section:
         "equally many images in equally many steps.",
     ]
     return Section(
-        "What experts change", text=text, figures=[forest(rows, "Differences between arms")], tables=[table, knn]
+        "What it changes", text=text, figures=[forest(rows, "Differences between arms")], tables=[table, knn]
     )
 
 
-def planted(gap: dict[str, Any]) -> tuple[float, float, float, int, str]:
-    return gap["mean"], gap["low"], gap["high"], gap["count"], verdict(Interval(**gap))
-
-
-def cluster_sections(run: Path, transfer: dict[str, Any]) -> list[Section]:
+def cluster_sections(run: Path, sources: list[str]) -> list[Section]:
     """Contact sheets of the first seed's clusters, with the domains that are in them."""
     kept = sorted((run / "moce").glob("seed-*"))
     if not kept:
         return []
-    specs = [f"patchwork:{name}" for name in transfer["sources"]]
-    pools = [images.unlabelled() for images in open_together(specs, [False] * len(specs), None, None, None)]
+    pools = [images.unlabelled() for images in open_together(sources, [False] * len(sources), None, None, None)]
     pool = mixture(pools)
     domain = torch.cat([torch.full((len(images),), i) for i, images in enumerate(pools)])
-    labelled = replace(pool, labels=domain, class_names=tuple(transfer["sources"]))
+    labelled = replace(pool, labels=domain, class_names=tuple(images.name for images in pools))
     features: Tensor = embed(vit_mae.load(kept[0] / "base"), pool)
     return [cluster_section(Clustering.load(kept[0] / "clusters"), pool, features, labelled)]
 
@@ -198,7 +204,7 @@ def what_it_takes(result: dict[str, Any]) -> Section:
     text.append(
         "Your data may gain from experts when its own matrix shows semantic harm, when the shared model's curve is "
         "flat, when a task's images fall into few clusters, and when enough of the network is divided: --expert-scope "
-        "blocks or encoder, or separate models for the domains that conflict."
+        "encoder or autoencoder, or separate models for the domains that conflict."
     )
     return Section("What would have to be true for your data to gain", text=text)
 

@@ -15,21 +15,35 @@ PARTS = ("accuracy", "choose", "report")
 Results = dict[str, dict[int, dict[str, Any]]]
 """{arm: {seed: result of run_arm}}"""
 
+SCOPES = {"ffn": "", "blocks": ", whole blocks", "encoder": ", whole encoder", "autoencoder": ", encoder and decoder"}
+"""What experts are copies of, in words."""
+
+
+def arm_name(arm: str, scope: str) -> str:
+    """What an arm is called in tables: experts of feed-forward networks are the method's, others say their scope."""
+    return arm if scope == "ffn" else f"{arm}-{scope}"
+
+
+def of_scope(scope: str) -> dict[str, tuple[str, str]]:
+    """Comparisons of experts that are copies of this."""
+    moce, oracle, words = arm_name("moce", scope), arm_name("oracle", scope), SCOPES[scope]
+    return {
+        f"right expert over wrong experts{words}": (moce, f"{moce} wrong"),
+        f"clusters over random groups{words}": (moce, arm_name("random-clusters", scope)),
+        f"experts of clusters over the continued model{words}": (moce, "continued"),
+        f"experts of true domains over the continued model{words}": (oracle, "continued"),
+    }
+
+
 COMPARISONS = {
-    "right expert over wrong experts": ("moce", "moce wrong"),
-    "clusters over random groups": ("moce", "random-clusters"),
-    "experts of clusters over the continued model": ("moce", "continued"),
-    "experts of true domains over the continued model": ("oracle", "continued"),
     "one model a domain over the continued model": ("separate", "continued"),
+    **of_scope("ffn"),
     "experts chosen by token over the continued model": ("token-moe", "continued"),
     "a wider plain model over the continued model": ("wider", "continued"),
     "a learned gate over fixed groups": ("moce-gate", "moce"),
-    "right expert over wrong experts, whole encoder": ("moce-encoder", "moce-encoder wrong"),
-    "clusters over random groups, whole encoder": ("moce-encoder", "random-clusters-encoder"),
-    "experts of clusters, whole blocks, over the continued model": ("moce-blocks", "continued"),
-    "experts of clusters, whole encoder, over the continued model": ("moce-encoder", "continued"),
-    "experts of true domains, whole blocks, over the continued model": ("oracle-blocks", "continued"),
-    "experts of true domains, whole encoder, over the continued model": ("oracle-encoder", "continued"),
+    **of_scope("blocks"),
+    **of_scope("encoder"),
+    **of_scope("autoencoder"),
 }
 """Name of a difference: arm minus arm. `X wrong` is arm X with the experts that a task did not choose."""
 
@@ -61,8 +75,7 @@ def by_arm(results: dict[str, Any]) -> Results:
     """{cell key: result} -> {arm: {seed: result}}, wrong choices as arms of their own."""
     arms: Results = {}
     for result in results.values():
-        scope = result.get("scope", "ffn")
-        name = result["arm"] if scope == "ffn" else f"{result['arm']}-{scope}"
+        name = arm_name(result["arm"], result.get("scope", "ffn"))
         arms.setdefault(name, {})[result["seed"]] = result
         if "wrong" in result:
             arms.setdefault(f"{name} wrong", {})[result["seed"]] = {"scores": result["wrong"]}
@@ -115,7 +128,7 @@ def arm_seconds(arms: Results) -> dict[str, float]:
     return {name: float(np.mean(seconds)) for name, seconds in timed.items() if seconds}
 
 
-def after_routing(arms: Results, tasks: list[str]) -> list[list[dict[str, Any]]]:
+def after_routing(arms: Results, tasks: list[str], experts: str = "moce") -> list[list[dict[str, Any]]]:
     """Rows: the expert that a domain's task picked; columns: tasks; accuracy minus that of the continued model."""
     rows = []
     for row in tasks:
@@ -123,7 +136,7 @@ def after_routing(arms: Results, tasks: list[str]) -> list[list[dict[str, Any]]]
         for column, task in enumerate(tasks):
             gains = [
                 result["matrix"][result["picked"][row]][column] - score(arms["continued"][seed], task)
-                for seed, result in arms["moce"].items()
+                for seed, result in arms[experts].items()
             ]
             cells.append(interval(gains).as_dict())
         rows.append(cells)

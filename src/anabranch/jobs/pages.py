@@ -234,6 +234,10 @@ def second_probe(result: dict[str, Any]) -> Section:
 
 def write_page(run: Path) -> Path:
     """report.html of any run, from its files."""
+    if (run / "sdr.json").exists():
+        from anabranch.jobs.sdr_page import write_subnet_page
+
+        return write_subnet_page(run)
     if (run / "models").is_dir() and not (run / "demo.json").exists():
         return write_transfer_page(run)
     if (run / "demo.json").exists():

@@ -40,8 +40,10 @@ ARMS = (
     *("random-init", "base", "continued", "multi-crop", "sdr", "sdr-random"),
     *("sdr-no-kd", "sdr-at-once", "sdr-ratio-25", "sdr-ratio-75", "separate", "oracle"),
 )
-DIAL = ("continued", "sdr-ratio-75", "sdr", "sdr-ratio-25", "separate")
-"""From all channels shared to none."""
+DIAL = {"continued": 0, "sdr-ratio-75": 25, "sdr": 50, "sdr-ratio-25": 75, "separate": 100}
+"""Percent of a split stage's channels that a model has for itself, from all shared to none."""
+TOLERATED = 0.5
+"""Points that a task may lose against the shared model before the transfer counts as unsafe."""
 
 
 def compare_subnets(settings: MeasureSettings, budget: SdrArmSettings, wanted: Sequence[str] = ARMS) -> dict[str, Any]:
@@ -130,6 +132,7 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
         "seconds of the second stage with its probes, mean over seeds",
         table(["arm", "steps", "images", "steps on the path", "images on the path", "seconds"], cost),
         choice_table(result),
+        f"**Safe transfer**: {harmed(result)}",
         "**How much is shared**: accuracy in percent, from all channels common to none",
         table(
             ["arm", *(name for name in DIAL if name in result["levels"])],
@@ -169,17 +172,31 @@ def choice_table(result: dict[str, Any]) -> str:
 
 def collapse_table(result: dict[str, Any]) -> str:
     """What the monitor says of every arm, and what the spread of the embeddings would have said."""
+    return "\n\n".join(
+        [
+            "**Collapse**: spread of the embeddings in the last steps, of the narrowest turn of each (1 healthy, 0 "
+            "collapsed); directions that hold 95 % of the variance of the features; models in all seeds of which the "
+            "monitor speaks, because they use fewer than half of the directions of the base",
+            table(["arm", "spread", "directions, mean", "least", "collapsed"], collapse_rows(result)),
+        ]
+    )
+
+
+def collapse_rows(result: dict[str, Any]) -> list[list[str]]:
     base, rows = result["ranks"]["base"], []
     for name, of_seed in result["ranks"].items():
         found = [count for counts in of_seed.values() for count in counts]
         narrow = sum(collapsed(count, base[seed][0]) for seed, counts in of_seed.items() for count in counts)
         spread = f"{result['spread'][name]:.2f}" if name in result["spread"] else ""
         rows.append([name, spread, f"{np.mean(found):.1f}", str(min(found)), f"{narrow} of {len(found)}"])
-    return "\n\n".join(
-        [
-            "**Collapse**: spread of the embeddings in the last steps, of the narrowest turn of each (1 healthy, 0 "
-            "collapsed); directions that hold 95 % of the variance of the features; models in all seeds of which the "
-            "monitor speaks, because they use fewer than half of the directions of the base",
-            table(["arm", "spread", "directions, mean", "least", "collapsed"], rows),
-        ]
-    )
+    return rows
+
+
+def harmed(result: dict[str, Any]) -> str:
+    """Safe transfer, or where it fails: tasks that lose more than half a point against the continued model."""
+    fair = next(e for e in result["effects"] if (e["left"], e["right"]) == ("sdr", "continued"))
+    losing = {task: found for task, found in fair["tasks"].items() if found["mean"] < -TOLERATED}
+    if not losing:
+        return f"No task loses more than {TOLERATED} points against the continued model, in the mean over seeds."
+    listed = ", ".join(f"{task} {cell(found)}" for task, found in losing.items())
+    return f"Not safe for every task: more than {TOLERATED} points below the continued model are {listed}."

@@ -11,7 +11,7 @@ from typing import Literal
 Budget = Literal["equal-steps", "equal-images", "equal-epochs", "equal-exposure"]
 Objective = Literal["mae", "simsiam", "byol"]
 Method = Literal["moce", "mae", "token-moe", "sdr", "simsiam", "byol"]
-Scope = Literal["ffn", "blocks", "encoder"]
+Scope = Literal["ffn", "blocks", "encoder", "autoencoder"]
 Select = Literal["cluster", "path", "knn"]
 
 
@@ -79,7 +79,7 @@ class PretrainFlags:
     preset: str = "tiny"
     """Size of a base that is trained here: tiny, small or base."""
     expert_scope: Scope = "ffn"
-    """What an expert owns: the feed-forward network of a block (the paper's), whole blocks, or the encoder."""
+    """What an expert owns: a block's feed-forward network (the paper's), blocks, the encoder, or the autoencoder."""
     resume: bool = False
     """Go on with a run that was stopped."""
 

@@ -10,7 +10,8 @@ Equation  : p(x) = softmax((W_g C_c(x) + n) / tau),  n ~ N(0, 1/E^2) in training
 Shapes    : K clusters with centroids (K, d), E experts, L routed layers, B images.
 Differs   : w = p / stopgrad(p) by default: a warm start keeps its function, and the gate still gets a gradient.
             The gate starts at balanced groups of centroids and its load is balanced as it falls (hard); with
-            assignment "fixed" the groups are the experts. Scopes beyond the FFN are ours.
+            assignment "fixed" the groups are the experts. Scopes beyond the FFN are ours, experts in the decoder among
+            them: one linear map to pixels is what conflicting sources fight over first.
 Check     : E = 1 is the dense model, extraction is routing (tests/specialize/test_moce.py).
 """
 
@@ -36,7 +37,8 @@ GATE_SCALES = {"straight_through": straight_through, "prob": prob, "renormalised
 class Config:
     num_experts: int = 8
     assignment: Literal["gate", "fixed"] = "gate"
-    expert_scope: Literal["ffn", "blocks", "encoder"] = "ffn"
+    expert_scope: Literal["ffn", "blocks", "encoder", "autoencoder"] = "ffn"
+    """What every expert is a copy of; "autoencoder" is the encoder and the decoder that is thrown away later."""
     expert_layers: tuple[int, ...] | None = None
     """Blocks that get experts; None takes all of a model up to 4 deep, else the last two odd ones."""
     gate_scale: Literal["straight_through", "prob", "renormalised"] = "straight_through"
@@ -76,7 +78,14 @@ def expert_modules(model: nn.Module, config: Config) -> list[str]:
         return [f"vit.layers.{i}.mlp" for i in layers]
     if config.expert_scope == "blocks":
         return [f"vit.layers.{i}" for i in layers]
-    return ["vit.embeddings.patch_embeddings", *(f"vit.layers.{i}" for i in range(depth)), "vit.layernorm"]
+    encoder = ["vit.embeddings.patch_embeddings", *(f"vit.layers.{i}" for i in range(depth)), "vit.layernorm"]
+    return encoder if config.expert_scope == "encoder" else [*encoder, *decoder_modules(model)]
+
+
+def decoder_modules(model: nn.Module) -> list[str]:
+    """What the decoder computes with, but for its mask token, which all experts share."""
+    layers = (f"decoder.decoder_layers.{i}" for i in range(len(model.decoder.decoder_layers)))
+    return ["decoder.decoder_embed", *layers, "decoder.decoder_norm", "decoder.decoder_pred"]
 
 
 def cluster_router(centroids: Tensor, groups: Tensor, config: Config, generator: torch.Generator) -> Router:
