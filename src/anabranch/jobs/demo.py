@@ -23,7 +23,7 @@ SOURCES = ("patchwork:garments", "patchwork:digits", *(f"planted:garments-{code}
 BATCH_SIZE = 60
 NUM_EXPERTS, NUM_CLUSTERS = 5, 15
 SCOPE = "autoencoder"
-"""What an expert is a copy of: conflicting sources fight over the linear maps from and to pixels first."""
+"""What an expert is a copy of: with a decoder in common, experts keep little of what separate models gain."""
 ARMS = (
     *(("random-init", "ffn"), ("continued", "ffn"), ("separate", "ffn"), ("token-moe", "ffn")),
     *(("moce", SCOPE), ("random-clusters", SCOPE)),
@@ -42,6 +42,7 @@ def demo(flags: DemoFlags) -> Path:
         steps=flags.steps,
         seeds=flags.seeds,
         batch_size=BATCH_SIZE,
+        probe_points=2,
         resume=flags.resume,
     )
     print(f"1/3  one model a domain and one for all: {flags.seeds} seeds of {len(SOURCES) + 1} models", flush=True)

@@ -104,16 +104,21 @@ def side_by_side(transfer: dict[str, Any], result: dict[str, Any]) -> Section:
 
 
 def effect_section(result: dict[str, Any]) -> Section:
-    rows = [Effect(e["name"], e["mean"], e["low"], e["high"], e["count"], e["verdict"]) for e in result["effects"]]
+    scope = SCOPES[result.get("scope", "ffn")]  # the page's own scope need not be said on every line
+    found, nearest = (
+        [effect | {"name": effect["name"].removesuffix(scope)} for effect in result[probe]]
+        for probe in ("effects", "effects_knn")
+    )
+    rows = [Effect(e["name"], e["mean"], e["low"], e["high"], e["count"], e["verdict"]) for e in found]
     table = Table(
         "Every difference, task by task",
         ["difference", *result["tasks"]],
-        [[e["name"], *(estimated(e["tasks"][task]) for task in result["tasks"])] for e in result["effects"]],
+        [[e["name"], *(estimated(e["tasks"][task]) for task in result["tasks"])] for e in found],
     )
     knn = Table(
         "The same with nearest neighbours",
         ["difference", "mean over tasks", "verdict"],
-        [[e["name"], estimated(e), e["verdict"]] for e in result["effects_knn"]],
+        [[e["name"], estimated(e), e["verdict"]] for e in nearest],
     )
     text = [
         f"Primary score, chosen beforehand: linear probe with {result['num_labels']} labels, mean over tasks; points "

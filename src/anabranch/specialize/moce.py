@@ -10,8 +10,8 @@ Equation  : p(x) = softmax((W_g C_c(x) + n) / tau),  n ~ N(0, 1/E^2) in training
 Shapes    : K clusters with centroids (K, d), E experts, L routed layers, B images.
 Differs   : w = p / stopgrad(p) by default: a warm start keeps its function, and the gate still gets a gradient.
             The gate starts at balanced groups of centroids and its load is balanced as it falls (hard); with
-            assignment "fixed" the groups are the experts. Scopes beyond the FFN are ours, experts in the decoder among
-            them: one linear map to pixels is what conflicting sources fight over first.
+            assignment "fixed" the groups are the experts. Scopes beyond the FFN are ours: where sources conflict,
+            experts need a decoder of their own to gain what separate models gain.
 Check     : E = 1 is the dense model, extraction is routing (tests/specialize/test_moce.py).
 """
 
