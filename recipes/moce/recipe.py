@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoCE on the shipped corpus: the diagnostic, the method, and every arm that it has to be compared with.
 
-python recipes/moce/recipe.py           # two experiments, half an hour on two idle cores; rewrites README.md
+python recipes/moce/recipe.py           # three experiments, fifty minutes on two idle cores; rewrites README.md
 python recipes/moce/recipe.py --tiny    # a smoke run in under three minutes; writes nothing but its run folder
 """
 
