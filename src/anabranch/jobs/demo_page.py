@@ -66,6 +66,11 @@ def experts_lead(result: dict[str, Any]) -> list[str]:
         (experts, f"{experts} wrong"): "The expert that a task picks, minus the experts that it does not pick",
         (experts, "continued"): "Experts of clusters, minus the shared model trained on equally long",
     }
+    return compared(result, said)
+
+
+def compared(result: dict[str, Any], said: dict[tuple[str, str], str]) -> list[str]:
+    """A sentence for each of these pairs of arms that was run."""
     found = {(effect["left"], effect["right"]): effect for effect in result["effects"]}
     return [
         f"{words}: {estimated(found[pair])} points ({found[pair]['verdict']})."

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anabranch.jobs.demo_page import arm_table, effect_section
-from anabranch.jobs.pages import estimated, transfer_facts, transfer_lead, transfer_sections
+from anabranch.jobs.demo_page import arm_table, compared, effect_section
+from anabranch.jobs.pages import transfer_facts, transfer_lead, transfer_sections
 from anabranch.jobs.sdr_compare import DIAL, collapse_rows, harmed
 from anabranch.report.figures import curves
 from anabranch.report.page import Figure, Page, Section, Table, write
@@ -25,21 +25,12 @@ def write_subnet_page(run: Path) -> Path:
     verdict, matrix, *rest = transfer_sections(transfer)
     page = Page(
         title="Where sharing hurts, and what sub-nets do about it",
-        lead=[*transfer_lead(transfer), *subnets_lead(result)],
+        lead=[*transfer_lead(transfer), *compared(result, LEAD)],
         facts=[*transfer_facts(transfer)[:-1], *subnet_facts(transfer, result)],
         sections=[verdict, matrix, effect_section(result), dial_section(result), safety(result), arm_table(result),
                   collapse(result), *rest],
     )  # fmt: skip
     return write(page, run / "report.html")
-
-
-def subnets_lead(result: dict[str, Any]) -> list[str]:
-    found = {(effect["left"], effect["right"]): effect for effect in result["effects"]}
-    return [
-        f"{words}: {estimated(found[pair])} points ({found[pair]['verdict']})."
-        for pair, words in LEAD.items()
-        if pair in found
-    ]
 
 
 def subnet_facts(transfer: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, object]]:
