@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SDR on the shipped corpus: the diagnostic under SimSiam, the method, and every arm that it has to be compared with.
 
-python recipes/sdr/recipe.py           # half an hour on two idle cores; rewrites README.md
+python recipes/sdr/recipe.py           # about 65 minutes on two cores; rewrites README.md
 python recipes/sdr/recipe.py --tiny    # a smoke run in under three minutes; writes nothing but its run folder
 """
 
@@ -14,6 +14,7 @@ from anabranch.jobs.sdr_arms import SdrArmSettings
 from anabranch.jobs.sdr_compare import compare_subnets, tables
 from anabranch.jobs.sdr_page import dial, write_subnet_page
 from anabranch.jobs.settings import MeasureSettings
+from anabranch.report.page import standalone
 
 DOMAINS = ("garments", "animals", "digits", "textures")
 STEPS, BATCH_SIZE = 1000, 64
@@ -57,7 +58,7 @@ def main(tiny: bool) -> None:
     transfer, result = run(tiny)
     page, text = write_subnet_page(settings(tiny).out), tables(transfer, result)
     if not tiny:
-        (HERE / "dial.svg").write_text(dial(result).svg, encoding="utf-8")
+        (HERE / "dial.svg").write_text(standalone(dial(result)), encoding="utf-8")
         before, _, rest = (HERE / "README.md").read_text(encoding="utf-8").partition(START)
         (HERE / "README.md").write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(f"{text}\n\n{page}")

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from markupsafe import Markup
 
 from anabranch.report import page as page_module
-from anabranch.report.page import Figure, Page, Section, Table, render, write
+from anabranch.report.figures import curves
+from anabranch.report.page import Figure, Page, Section, Table, render, standalone, write
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -213,3 +215,11 @@ def test_type_is_readable_on_every_ground_in_light_and_dark():
         assert contrast(colors["muted"], colors["wash"]) >= 4.5
         for name in ("gain", "harm"):
             assert contrast(colors["ink"], blend(colors[name], ground, STRONGEST)) >= 4.5, name
+
+
+def test_a_standalone_picture_is_xml_and_knows_its_colours():
+    figure = curves({"a": ([0, 1], [1.0, 2.0], None, None)}, "x", "y", "A picture")
+    text = standalone(figure)
+    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+    used, defined = (set(re.findall(pattern, text)) for pattern in (r"var\((--[\w-]+)", r"(--[\w-]+):"))
+    assert used <= defined

@@ -123,3 +123,11 @@ def write(page: Page, path: str | Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def standalone(figure: Figure) -> str:
+    """The picture as a file of its own, with the page's colours; for places that show an image and no page."""
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    colours = "".join(line for line in style.partition("}")[0].partition("{")[2].splitlines() if "--" in line)
+    head = f"<style>svg {{{colours} background: var(--ground); font-family: var(--sans); }}</style>"
+    return str(figure.svg).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{head}", 1)
