@@ -37,7 +37,7 @@ EXPERIMENTS = {
         ("patchwork:garments", "patchwork:digits"),
         *(20, 15),
         ArmSettings(steps=1500, batch_size=64, num_experts=2, num_clusters=8),
-        (*FFN, *ENCODER, *AUTOENCODER, ("separate", "ffn")),
+        FFN + ENCODER + AUTOENCODER,
     ),
     "four": Experiment(
         ("patchwork:garments", "patchwork:animals", "patchwork:digits", "patchwork:textures"),
