@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoCE on the shipped corpus: the diagnostic, the method, and every arm that it has to be compared with.
 
-python recipes/moce/recipe.py           # three experiments, fifty minutes on two idle cores; rewrites README.md
-python recipes/moce/recipe.py --tiny    # a smoke run in under three minutes; writes nothing but its run folder
+python recipes/moce/recipe.py           # three experiments, about 80 minutes on two cores; rewrites README.md
+python recipes/moce/recipe.py --tiny    # a smoke run in a few minutes; writes nothing but its run folder
 """
 
 import sys
@@ -25,7 +25,7 @@ CONTROLS = tuple((arm, "ffn") for arm in ("token-moe", "separate", "oracle"))
 
 
 class Experiment(NamedTuple):
-    domains: tuple[str, ...]
+    sources: tuple[str, ...]
     first_seed: int
     seeds: int
     budget: ArmSettings
@@ -69,8 +69,8 @@ def run(name: str, tiny: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     wanted = EXPERIMENTS[name]
     budget = replace(wanted.budget, steps=60) if tiny else wanted.budget
     settings = MeasureSettings(
-        sources=wanted.domains,
-        tasks=wanted.domains,
+        sources=wanted.sources,
+        tasks=wanted.sources,
         out=folder(name, tiny),
         steps=budget.steps,
         seeds=2 if tiny else wanted.seeds,

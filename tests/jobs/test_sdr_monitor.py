@@ -60,4 +60,4 @@ def test_the_spread_does_not_see_it(healthy, images):
     views = images.store.read(torch.arange(len(images)))
     batch = {"view1": views, "view2": views, "row": torch.arange(len(views))}
     spread = [simsiam.objective(model, seed=0).train()(batch)["spread"] for model in (healthy, shrunk(healthy))]
-    assert spread[1] > 0.8 * spread[0]
+    assert spread[1] > 0.8 * spread[0]  # an alarm on the spread would ring at a tenth
