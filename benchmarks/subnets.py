@@ -126,7 +126,7 @@ def main() -> None:
     print(f"sub-nets: {BATCH} images, float32, {THREADS} threads, forward and backward")
     for name, (width, groups, side, bar) in CASES.items():
         show(name, convolution(width, groups, side), {"sub-net": bar})
-    for preset in ("tiny", "small"):  # of the tiny one calls cost more than arithmetic
+    for preset in ("tiny", "small"):
         show(f"one step of the {preset} ResNet, 28 x 28", step(preset), BARS)
     show("256 sub-nets: taking one out, against its features of 2,000 images", extraction(), EXTRACTION_BAR)
 
