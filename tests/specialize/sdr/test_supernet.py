@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A path is a plain network; a split changes nothing; what a path does not use cannot move."""
 
+import copy
 from itertools import product
 
 import pytest
@@ -164,6 +165,25 @@ def test_a_frozen_path_uses_batch_statistics_and_leaves_running_ones_alone(make_
     frozen = net.activate(SHARED, frozen=True)(pixels)
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     assert torch.equal(frozen, net.activate(SHARED)(pixels))
+
+
+@pytest.mark.parametrize("row", [3, SHARED])
+def test_views_side_by_side_are_views_one_after_another(make_backbone, disturb, pixels, row):
+    """The same outputs, gradients and running statistics as when every view passes alone."""
+    net = disturb(split(make_backbone())).train()
+    alone, views = copy.deepcopy(net), [pixels, pixels.flip(0, 3), pixels.square()]
+    weights = torch.randn(3, net.extract(row).config.hidden_sizes[-1])
+    slow = torch.stack([alone.activate(row)(view) for view in views], 1)
+    found = net.activate(row, views=3)(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, 3))
+    torch.testing.assert_close(found, slow, atol=1e-5, rtol=1e-4)
+    (slow * weights).sum().backward()
+    (found * weights).sum().backward()
+    for (name, mine), theirs in zip(net.named_parameters(), alone.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4, rtol=1e-3)
+    for mine, theirs in zip(net.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_narrow_path_has_the_first_channels_of_each_group(make_backbone, disturb, pixels):

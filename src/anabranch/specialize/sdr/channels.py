@@ -8,6 +8,8 @@ Storage   : one parameter a block (rows of one part, columns of one part). A pat
             two paths that share a digit share the very tensor.
 Full net  : all groups side by side in one convolution; where a row receives from several groups it takes their mean, so
             that activations keep the scale of a sub-net's.
+Views     : V views of each image pass as one batch (B V, ..), each view normalised by statistics of its own: to the
+            norm they are V times as many channels, which is a matter of shape alone.
 Shapes    : a plain weight is (C_out, C_in, kernel, kernel); running statistics are (P, C), a row for each path.
 """
 
@@ -70,6 +72,8 @@ class Active:
     """The path's row in the running statistics."""
     frozen: bool = False
     """Norms leave their running statistics alone: how a teacher is asked in training."""
+    views: int = 1
+    """Rows v, V + v, 2 V + v, .. of a batch in training are view v and have statistics of their own."""
 
 
 class Statistics(NamedTuple):
@@ -167,10 +171,25 @@ class SplitBatchNorm(nn.Module):
         active = self.active
         parts = self.layout.parts() if active.path is None else self.layout.part(active.path)
         weight, bias = _joined(self.scales, parts), _joined(self.biases, parts)
-        if self.training and active.frozen:
-            return F.batch_norm(hidden, None, None, weight, bias, True, 0.0, self.eps)
-        mean, variance = self.statistics(active.row)
-        return F.batch_norm(hidden, mean, variance, weight, bias, self.training, MOMENTUM, self.eps)
+        running = self.statistics(active.row)
+        if not self.training:
+            return F.batch_norm(hidden, *running, weight, bias, False, MOMENTUM, self.eps)
+        V = active.views
+        wide = hidden.reshape(-1, V * hidden.shape[1], *hidden.shape[2:])
+        weight, bias = (None if x is None else x.repeat(V) for x in (weight, bias))
+        after = (None, None) if active.frozen else [statistic.repeat(V) for statistic in running]
+        normed = F.batch_norm(wide, *after, weight, bias, True, MOMENTUM, self.eps)
+        if not active.frozen:
+            for statistic, of_views in zip(running, after, strict=True):
+                follow_views(statistic, of_views.view(V, -1))
+        return normed.reshape(hidden.shape)
+
+
+@torch.no_grad()
+def follow_views(statistic: Tensor, of_views: Tensor) -> None:
+    """From what a running statistic (C,) became by each view alone (V, C) to what it becomes by one after another."""
+    decay_V = (1 - MOMENTUM) ** torch.arange(len(of_views) - 1, -1, -1, dtype=statistic.dtype, device=statistic.device)
+    statistic += decay_V @ (of_views - statistic)
 
 
 class SplitIdentity(nn.Module):

@@ -5,7 +5,7 @@ Paper     : SDR, Liu et al., AAAI 2022 (arXiv 2205.13267); the equation of its d
 Equation  : L = 1/M sum over the step's turns of  L_ssl(B_k; W_k) + beta L_kd(B_k; W_k, W_0),  the shared model's own
             turns without L_kd;  L_kd = 1/2 D(p1_k, z2_0) + 1/2 D(p2_k, z1_0),  D(p, z) = -cos(p, stopgrad z),
             z_0 from W_0 by batch statistics;  beta falls linearly to half of kd_coef over a phase ("anneal").
-Shapes    : M turns a step, each a contiguous part of the batch; views (B, C, H, W), predictions (B / M, d).
+Shapes    : M turns a step, each a contiguous part of the batch; pixels (B, V = 2, C, H, W), predictions (B / M, d).
 Differs   : L_kd, its weight and its schedule are ours; weight 1 cost 5 points (small nets, one seed). A teacher in
             eval mode ruins the sub-nets; likely its running statistics lag behind weights that all paths move, its
             embeddings share an offset, and to predict that is to collapse. The shared model has turns in a fixed share
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from anabranch.specialize.sdr.channels import SHARED, SplitBatchNorm
 from anabranch.specialize.sdr.supernet import SuperNet, grow, norms_by_path, parent_rows
-from anabranch.specialize.simsiam import negative_cosine, spread, views_in
+from anabranch.specialize.simsiam import NUM_LARGE, negative_cosine, spread, views_in
 
 Pair = tuple[Tensor, Tensor]
 
@@ -99,53 +99,56 @@ class SubnetLearning(nn.Module):
         if self.training:
             self.follow(set(batch["turns"][0].tolist()), momentum(self.config, progress))
         views, beta = views_in(batch, self.training), kd_weight(self.config, progress)
-        terms: dict[str, list[Tensor]] = {"siamese": [], "distill": [], "spread": []}
-        mine = []
-        for rows, row in turns(batch["path"], batch["turns"].shape[1]):
-            mine.append(row)
-            self.learn(row, (views[0][rows], views[1][rows]), beta, terms)
+        pixels_BV, mine = torch.stack(views, 1), list(turns(batch["path"], batch["turns"].shape[1]))
+        losses, spreads, pupils = [], [], []
+        for rows, row in mine:
+            loss, predictions, narrowness = self.learn(row, pixels_BV[rows])
+            losses.append(loss)
+            spreads.append(narrowness)
+            if row != SHARED:
+                pupils.append((pixels_BV[rows], predictions))
         if self.training:
-            self.share_statistics(mine)
-        siamese, distill = (torch.stack(terms[name]).mean() for name in ("siamese", "distill"))
+            self.share_statistics([row for _, row in mine])
+        siamese = torch.stack(losses).mean()
+        distill = beta * self.distill(pupils) / len(mine) if pupils and beta > 0 else siamese.new_zeros(())
         return {
             "loss": siamese + distill,
             "siamese": siamese,
             "distill": distill,
-            "spread": torch.stack(terms["spread"]).amin(),
+            "spread": torch.stack(spreads).amin(),
         }
 
-    def learn(self, row: int, views: Pair, beta: float, terms: dict[str, list[Tensor]]) -> None:
-        """The losses of one turn and the spread of its embeddings, added to `terms`."""
-        embedded = self.embed(row, views)
-        predictions = self.predictor(embedded[0]), self.predictor(embedded[1])
+    def learn(self, row: int, pixels_BV: Tensor) -> tuple[Tensor, Pair, Tensor]:
+        """Of one turn the loss, the predictions, and the spread of the embeddings."""
+        embedded = embed(self.net.activate(row, views=NUM_LARGE), self.projector, pixels_BV)
+        first, second = pair(embedded)
+        predictions = pair(self.predictor(embedded))
         if self.config.ssl == "byol":
-            terms["siamese"].append(byol_loss(predictions, self.followed(row, views)))
-        else:
-            terms["siamese"].append(simsiam_loss(predictions, embedded))
-        distill = predictions[0].new_zeros(())
-        if row != SHARED and beta > 0:
-            distill = beta * distillation(predictions, self.taught(views), self.config.kd_view)
-        terms["distill"].append(distill)
-        terms["spread"].append(spread(embedded[0].detach()))
+            return byol_loss(predictions, self.followed(row, pixels_BV)), predictions, spread(first)
+        return simsiam_loss(predictions, (first, second)), predictions, spread(first)
 
-    def embed(self, row: int, views: Pair, *, frozen: bool = False) -> Pair:
-        """z of both views on one path; the path stays active for the predictor."""
-        self.net.activate(row, frozen=frozen)
-        return self.projector(self.net(views[0])), self.projector(self.net(views[1]))
+    def distill(self, pupils: Sequence[tuple[Tensor, Pair]]) -> Tensor:
+        """Sum over turns, given as pixels and predictions, of L_kd; the teacher sees all turns in one pass."""
+        taught = self.taught([pixels for pixels, _ in pupils])
+        view = self.config.kd_view
+        losses = [distillation(mine, theirs, view) for (_, mine), theirs in zip(pupils, taught, strict=True)]
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def taught(self, views: Pair) -> Pair:
-        """z_0 of both views from the shared model, whose running statistics stay as they are."""
-        return self.embed(SHARED, views, frozen=True)
+    def taught(self, turns: Sequence[Tensor]) -> list[Pair]:
+        """z_0 of every turn's views by that turn's statistics; the shared model's running ones stay as they are."""
+        pixels_BV = torch.stack(turns, 1).flatten(1, 2)
+        teacher = self.net.activate(SHARED, frozen=True, views=pixels_BV.shape[1])
+        of_views = embed(teacher, self.projector, pixels_BV).unflatten(0, pixels_BV.shape[:2]).unbind(1)
+        return list(zip(of_views[::NUM_LARGE], of_views[1::NUM_LARGE], strict=True))
 
     # BYOL's target -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def followed(self, row: int, views: Pair) -> Pair:
+    def followed(self, row: int, pixels_BV: Tensor) -> Pair:
         """z' of both views from the target's own path."""
         net, projector = self.target
-        net.activate(row)
-        return projector(net(views[0])), projector(net(views[1]))
+        return pair(embed(net.activate(row, views=NUM_LARGE), projector, pixels_BV))
 
     @torch.no_grad()
     def follow(self, rows: set[int], tau: float) -> None:
@@ -189,6 +192,18 @@ class SubnetLearning(nn.Module):
             for module in part.modules():
                 if isinstance(module, SplitBatchNorm):
                     yield from module.statistics(row)
+
+
+def embed(net: nn.Module, projector: nn.Module, pixels_BV: Tensor) -> Tensor:
+    """z (B V, d) of all views on the active path in one pass: half the convolutions, twice as large."""
+    embedded: Tensor = projector(net(pixels_BV.flatten(0, 1)))
+    return embedded
+
+
+def pair(of_views: Tensor) -> Pair:
+    """(B V, d) -> (B, d) of the first view and of the second."""
+    first, second = of_views.unflatten(0, (-1, NUM_LARGE)).unbind(1)
+    return first, second
 
 
 def turns(path: Tensor, num_turns: int) -> Iterator[tuple[slice, int]]:

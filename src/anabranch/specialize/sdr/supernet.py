@@ -86,14 +86,16 @@ class SuperNet(nn.Module):
     def path_of(self, row: int) -> Path | None:
         return self.shared_path if row == SHARED else self.paths[row]
 
-    def activate(self, row: int, *, frozen: bool = False) -> "SuperNet":
+    def activate(self, row: int, *, frozen: bool = False, views: int = 1) -> "SuperNet":
         """Compute path number `row`, or with SHARED the model of all images, from now on.
 
         frozen   leave running statistics alone in training.
+        views    of every image, side by side in a batch (B views, ..), each normalised for itself in training.
         """
         if not (row == SHARED or 0 <= row < len(self.paths)):
             raise ValueError(f"row: expected 0..{len(self.paths) - 1} or {SHARED} (shared), received {row}")
-        self.active.path, self.active.row, self.active.frozen = self.path_of(row), row, frozen
+        self.active.path, self.active.row = self.path_of(row), row
+        self.active.frozen, self.active.views = frozen, views
         return self
 
     def parameters_of(self, row: int) -> set[str]:
