@@ -72,6 +72,8 @@ class SdrArmSettings:
     warmup_steps: int = 60
     groups: int = 4
     split_stages: int = 2
+    clusters: int | None = None
+    """As many as there are paths, or fewer."""
     split_ratio: float = 0.5
     kd_coef: float = 0.25
     turns_a_step: int = 2
@@ -81,7 +83,7 @@ class SdrArmSettings:
 
     @property
     def num_paths(self) -> int:
-        return self.groups**self.split_stages
+        return self.clusters or self.groups**self.split_stages
 
 
 @dataclass(frozen=True)

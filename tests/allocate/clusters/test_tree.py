@@ -72,6 +72,15 @@ def test_a_planted_hierarchy_comes_back_level_by_level(groups, depth):
         assert same_partition(nodes(digits, level), nodes(truth, level))
 
 
+@pytest.mark.parametrize(("K", "groups", "depth", "alone"), [(3, 3, 4, 1), (4, 2, 4, 2), (4, 2, 5, 2)])
+def test_fewer_clusters_than_paths_part_ways_at_every_level(K, groups, depth, alone):
+    """A path shared by all after the clusters are told apart would leave the stages split last without a purpose."""
+    digits = grow(torch.randn(K, 5, generator=seeded()), torch.ones(K), groups, depth, seeded())
+    for level in range(alone, depth):
+        assert torch.equal(digits[:, level], digits[:, level - alone])
+        assert len(digits[:, level].unique()) == groups
+
+
 def test_the_root_is_the_grouping_of_groups():
     centroids, sizes = torch.randn(9, 4, generator=seeded()), torch.arange(10, 19)
     digits = grow(centroids, sizes, 3, 2, seeded(2))

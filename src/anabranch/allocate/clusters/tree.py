@@ -4,7 +4,9 @@
 Paper     : Liu et al., AAAI 2022, "Task-customized Self-supervised Pre-training with Scalable Dynamic Routing"
             (arXiv 2205.13267): every sub-net learns from one cluster.
 Equation  : digits of cluster k = (b_1, ..., b_S);  b_s = the group of k when the clusters that share b_1 .. b_{s-1} are
-            divided into G balanced groups (clusters/groups), so that similar clusters share their first digits.
+            divided into G balanced groups (clusters/groups), so that similar clusters share their first digits. A
+            cluster that is alone after l levels starts over, b_{l+1} = b_1, ..: where there are fewer clusters than
+            paths, they part ways at every level.
 Shapes    : K clusters of n_k images, d features, G branches a node, S levels; K <= G^S.
 Differs   : which cluster takes which path is our choice, as the paper's could not be read; `shuffled` is its control.
 Check     : K = G^S is a bijection, a planted hierarchy comes back (tests/allocate/clusters/test_tree.py).
@@ -25,11 +27,16 @@ def grow(centroids: Tensor, sizes: Tensor, groups: int, depth: int, generator: t
     check(len(centroids), groups, depth)
     digits_KS = torch.zeros(len(centroids), depth, dtype=torch.int64)
     node_K = torch.zeros(len(centroids), dtype=torch.int64)
+    alone_K = torch.zeros(len(centroids), dtype=torch.int64)  # levels after which a cluster is alone; 0 before
     for level in range(depth):
         for node in range(int(node_K.max()) + 1):
             rows = (node_K == node).nonzero()[:, 0]
-            digits_KS[rows, level] = divide(centroids[rows], sizes[rows], groups, generator)
+            if alone_K[rows[0]]:
+                digits_KS[rows, level] = digits_KS[rows, level - int(alone_K[rows[0]])]
+            else:
+                digits_KS[rows, level] = divide(centroids[rows], sizes[rows], groups, generator)
         node_K = (node_K * groups + digits_KS[:, level]).unique(return_inverse=True)[1]
+        alone_K[(alone_K == 0) & (node_K.bincount()[node_K] == 1)] = level + 1
     return digits_KS
 
 
