@@ -22,7 +22,8 @@ EXPERTS_ONLY = (
 )
 CLUSTERS_ONLY = ("clusters", "clusterer", "mixed_target", "capacity_factor", "min_rank", "fit_images")
 SDR_ONLY = (
-    *("groups", "split_stages", "split_ratio", "ssl", "paths", "teacher", "kd_coef", "kd_schedule", "kd_view"),
+    *("groups", "split_stages", "split_ratio", "ssl", "paths", "teacher", "heads", "kd_coef"),
+    *("kd_schedule", "kd_view"),
     *("anchor_share", "paths_a_step", "base_share", "progressive"),
 )
 SHARES = ("split_ratio", "anchor_share", "base_share")

@@ -138,7 +138,11 @@ def unsplit(settings: PretrainSettings, plain: nn.Module, images: Images) -> Sub
         heads = learner(learner_of(settings)).objective(model, seed=second_stage(settings) % 2**31)
     given = {"groups": settings.groups, "split_ratio": settings.split_ratio, "teacher": settings.teacher}
     config = LearningConfig(
-        ssl=settings.ssl, kd_coef=settings.kd_coef, kd_schedule=settings.kd_schedule, kd_view=settings.kd_view
+        ssl=settings.ssl,
+        heads=settings.heads,
+        kd_coef=settings.kd_coef,
+        kd_schedule=settings.kd_schedule,
+        kd_view=settings.kd_view,
     )
     net = supernet.supernet(model, supernet.Config(**given))  # type: ignore[arg-type]
     return SubnetLearning(net, heads.projector, heads.predictor, config, total_steps=1)

@@ -135,6 +135,8 @@ class PretrainSettings(PretrainFlags):
     """tree: similar clusters share groups; random: the same paths dealt at random, the control."""
     teacher: Literal["anchor", "supernet"] = "anchor"
     """What the sub-nets are distilled from: one plain path trained on all images, or all groups at once."""
+    heads: Literal["own", "common"] = "own"
+    """Of projector and predictor, a pair for every sub-net or one for all."""
     kd_coef: float = 0.25
     """Weight of the distillation; 1 was too much for small nets, on one seed (recipes/sdr)."""
     kd_schedule: Literal["constant", "anneal"] = "anneal"

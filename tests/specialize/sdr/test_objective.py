@@ -89,6 +89,26 @@ def test_the_loss_of_a_step_is_the_mean_over_its_turns(make_objective, stream):
     assert found["loss"].item() == pytest.approx((sum(siamese) + sum(distill)) / 2, abs=1e-5)
 
 
+@pytest.mark.parametrize(("ssl", "heads"), list(product(("simsiam", "byol"), ("own", "common"))))
+def test_a_step_moves_the_heads_of_its_own_paths_alone(make_objective, stream, ssl, heads):
+    """With common heads every path's step moves the one pair."""
+    objective = make_objective(ssl=ssl, heads=heads, kd_coef=0.5).train()
+    step = next(step for step in range(40) if SHARED not in stream.rounds.at(step))
+    turns_M = stream.rounds.at(step)
+    parts = ("projector.", "predictor.", "target.1.")
+    before = {name: p.detach().clone() for name, p in objective.named_parameters() if name.startswith(parts)}
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(stream.batch(step))["loss"].backward()
+        optimizer.step()
+    moved = {name for name, p in objective.named_parameters() if name in before and not torch.equal(p, before[name])}
+    rows = {f"heads.{row}." for row in turns_M}
+    for name in before:
+        mine = heads == "common" or any(row in name for row in rows)
+        assert (name in moved) == mine, name
+
+
 @pytest.mark.parametrize("teacher", ["anchor", "supernet"])
 def test_the_teacher_gets_no_gradient_and_no_new_statistics_from_others_turns(make_objective, stream, teacher):
     objective = make_objective(teacher).train()

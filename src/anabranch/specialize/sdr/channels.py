@@ -162,9 +162,10 @@ class SplitBatchNorm(nn.Module):
         return _joined(self.biases, self.layout.part(path))
 
     def statistics(self, row: int) -> tuple[Tensor, Tensor]:
-        """Views: (C,) mean and variance of a path, or of the shared model."""
+        """Views: (C,) mean and variance of a path, or of the shared model; one row serves whoever asks."""
         if row == SHARED:
             return self.shared_mean, self.shared_var
+        row = min(row, len(self.running_mean) - 1)
         return self.running_mean[row], self.running_var[row]
 
     def forward(self, hidden: Tensor) -> Tensor:

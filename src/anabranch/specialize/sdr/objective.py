@@ -9,7 +9,7 @@ Shapes    : M turns a step, each a contiguous part of the batch; pixels (B, V = 
 Differs   : L_kd, its weight and its schedule are ours; weight 1 cost 5 points (small nets, one seed). A teacher in
             eval mode ruins the sub-nets; likely its running statistics lag behind weights that all paths move, its
             embeddings share an offset, and to predict that is to collapse. The shared model has turns in a fixed share
-            of the steps, instead of a coin toss. Heads are common to all paths, their running statistics are not.
+            of the steps, instead of a coin toss. Every path has heads of its own (sdr/heads).
             BYOL's target is a copy of the super-net that starts anew with each phase and moves on a step's paths alone.
 Check     : the teacher gets no gradient and is not asked at beta = 0 (tests/specialize/sdr/test_objective.py);
             two processes equal one (tests/jobs/test_sdr.py).
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.specialize.sdr.channels import SHARED, SplitBatchNorm
-from anabranch.specialize.sdr.supernet import SuperNet, grow, norms_by_path, parent_rows
+from anabranch.specialize.sdr.heads import follow_paths, of_row
+from anabranch.specialize.sdr.supernet import SuperNet, grow, parent_rows
 from anabranch.specialize.simsiam import NUM_LARGE, negative_cosine, spread, views_in
 
 Pair = tuple[Tensor, Tensor]
@@ -40,6 +41,8 @@ class Config:
     kd_schedule: Literal["constant", "anneal"] = "anneal"
     kd_view: Literal["cross", "same"] = "cross"
     """Which view's embedding the sub-net predicts; the same one lets it copy the teacher."""
+    heads: Literal["own", "common"] = "own"
+    """A projector and a predictor for every path, or a pair for all."""
     target_momentum: float = 0.996
     """tau of BYOL's target at the start of a phase; 1 at its end."""
 
@@ -82,9 +85,7 @@ class SubnetLearning(nn.Module):
         """Heads are plain ones, or those of the phase before as `grown` hands them over."""
         super().__init__()
         self.net, self.config, self.total_steps = net, config, total_steps
-        rows = range(len(net.paths))
-        self.projector = _own_norms(projector, rows, net)
-        self.predictor = _own_norms(predictor, rows, net)
+        self.projector, self.predictor = (_of_net(head, net, config) for head in (projector, predictor))
         self.target = nn.ModuleList()
         if config.ssl == "byol":
             self.target = copy.deepcopy(nn.ModuleList([self.net, self.projector])).requires_grad_(False)
@@ -160,8 +161,9 @@ class SubnetLearning(nn.Module):
         for name, parameter in self.net.named_parameters():
             if name in wanted:
                 followers[name].lerp_(parameter, 1 - tau)
-        for follower, parameter in zip(self.target[1].parameters(), self.projector.parameters(), strict=True):
-            follower.lerp_(parameter, 1 - tau)
+        for head, target in {of_row(self.projector, row): of_row(self.target[1], row) for row in rows}.items():
+            for follower, parameter in zip(target.parameters(), head.parameters(), strict=True):
+                follower.lerp_(parameter, 1 - tau)
 
     # Several processes ---------------------------------------------------------------------------------------------
 
@@ -188,7 +190,7 @@ class SubnetLearning(nn.Module):
 
     def statistics(self, row: int) -> Iterator[Tensor]:
         """Views of all running statistics of a path."""
-        for part in (self.net, self.projector, self.predictor):
+        for part in (self.net, of_row(self.projector, row), of_row(self.predictor, row)):
             for module in part.modules():
                 if isinstance(module, SplitBatchNorm):
                     yield from module.statistics(row)
@@ -219,12 +221,14 @@ def turns(path: Tensor, num_turns: int) -> Iterator[tuple[slice, int]]:
 def grown(before: SubnetLearning, paths: Sequence[tuple[int, ...]], num_split: int, total_steps: int) -> SubnetLearning:
     """The objective of the next phase: the net split further, heads with statistics for the new paths."""
     net = grow(before.net, paths, num_split)
-    rows = parent_rows(before.net, paths)
-    heads = [norms_by_path(head, rows, net.active) for head in (before.projector, before.predictor)]
+    rows, own = parent_rows(before.net, paths), before.config.heads == "own"
+    heads = [follow_paths(head, rows, net.active, own=own) for head in (before.projector, before.predictor)]
     return SubnetLearning(net, *heads, before.config, total_steps)
 
 
-def _own_norms(head: nn.Module, rows: Sequence[int], net: SuperNet) -> nn.Module:
-    """The head as it is where its norms already follow this net, else a copy whose norms do."""
+def _of_net(head: nn.Module, net: SuperNet, config: Config) -> nn.Module:
+    """The head as it is where it already follows this net's paths, else one that does."""
     norms = [module for module in head.modules() if isinstance(module, SplitBatchNorm)]
-    return head if norms and norms[0].active is net.active else norms_by_path(head, rows, net.active)
+    if norms and norms[0].active is net.active:
+        return head
+    return follow_paths(head, range(len(net.paths)), net.active, own=config.heads == "own")

@@ -16,7 +16,7 @@ Check     : extraction is bit for bit the active path, a split changes no output
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -197,27 +197,6 @@ def statistics_of(norm: nn.Module, rows: Sequence[int]) -> Statistics:
         return Statistics(norm.running_mean[chosen], norm.running_var[chosen], norm.shared_mean, norm.shared_var)
     means, variances = (v.expand(len(rows), -1) for v in (norm.running_mean, norm.running_var))
     return Statistics(means, variances, norm.running_mean, norm.running_var)
-
-
-def norms_by_path(head: nn.Module, rows: Sequence[int], active: Active) -> nn.Module:
-    """A copy of a head that all paths share, with running statistics for each of them."""
-    made = copy.deepcopy(head)
-    for name, norm in head.named_modules():
-        if isinstance(norm, (*NORMS, SplitBatchNorm)):
-            layout = unsplit(norm.layout.channels if isinstance(norm, SplitBatchNorm) else norm.num_features)
-            source = Source(
-                weight=lambda name, path, norm=norm: _plain(norm.weight, path),
-                bias=lambda name, path, norm=norm: _plain(norm.bias, path),
-                statistics=lambda name, layout, norm=norm: statistics_of(norm, rows),
-                paths=((0,),),
-            )
-            affine = norm.affine
-            made.set_submodule(name, SplitBatchNorm(affine, norm.eps, name, layout, source, active))
-    return made
-
-
-def _plain(value: Tensor | Callable[[Path], Tensor], path: Path) -> Tensor:
-    return value if isinstance(value, Tensor) else value(path)
 
 
 def _shared_path(config: Config, stages: int, num_split: int) -> Path | None:
