@@ -18,7 +18,7 @@ from anabranch.report.page import standalone
 
 DOMAINS = ("garments", "animals", "digits", "textures")
 STEPS, BATCH_SIZE = 1000, 64
-FIRST_SEED, SEEDS = 20, 5
+FIRST_SEED, SEEDS = 30, 5
 HERE = Path(__file__).parent
 START, END = "<!-- written by recipe.py -->", "<!-- end -->"
 
@@ -47,9 +47,7 @@ def run(tiny: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     # 1. pre-train on every source and on all; probe every task: the transfer matrix, and phase 0 for every seed
     transfer = measure(given)
     # 2. cluster the features of phase 0, grow the tree, split the net phase by phase; and every arm beside it
-    budget = SdrArmSettings(
-        base_steps=given.steps, steps=given.steps, batch_size=BATCH_SIZE, groups=2 if tiny else 4, split_stages=2
-    )
+    budget = SdrArmSettings(base_steps=given.steps, steps=given.steps, batch_size=BATCH_SIZE, groups=2 if tiny else 4)
     return transfer, compare_subnets(given, budget)
 
 

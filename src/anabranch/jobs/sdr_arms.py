@@ -7,8 +7,10 @@ continued         the base, trained on: the fair baseline
 multi-crop        the same with two small crops beside the two views: "just train better", at twice the cost
 sdr               sub-nets of clusters found without labels; each task takes the one its images vote for
 sdr-random        the same images dealt to sub-nets without meaning: the floor
-sdr-no-kd         without distillation from the shared model
-sdr-ratio-25/75   a quarter, or three quarters of a split stage's channels common, in place of half
+sdr-16            sixteen sub-nets of smaller clusters, in place of as few as there are groups in a stage
+sdr-kd            with distillation from the shared model
+sdr-common-heads  one projector and predictor for all sub-nets, in place of a pair for each
+sdr-ratio-50/75   half, or three quarters of a split stage's channels common, in place of a quarter
 sdr-at-once       fresh weights, every stage split from the first step, as many steps as base and phases together
 separate          one model a cluster, each with the turns that its sub-net would have had: nothing is shared
 oracle            one model a true domain, each with its share of the turns: what any clustering could give
@@ -16,9 +18,9 @@ oracle            one model a true domain, each with its share of the turns: wha
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from anabranch.allocate.clusters import sinkhorn, tree
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.data.views import Views
+from anabranch.errors import UsageError
 from anabranch.jobs.corpus import at_most, mixture
 from anabranch.jobs.effects import mean_scores, picked_scores
 from anabranch.jobs.embed import embed
@@ -48,13 +51,14 @@ from anabranch.train.loop import TrainConfig, train
 VARIANTS: dict[str, dict[str, Any]] = {
     "sdr": {},
     "sdr-random": {"shuffled": True},
-    "sdr-no-kd": {"kd_coef": 0.0},
+    "sdr-16": {"clusters": 16},
+    "sdr-kd": {"kd_coef": 0.25},
+    "sdr-common-heads": {"heads": "common"},
     "sdr-at-once": {"progressive": False},
-    "sdr-supernet": {"teacher": "supernet"},
-    "sdr-ratio-25": {"split_ratio": 0.25},
+    "sdr-ratio-50": {"split_ratio": 0.5},
     "sdr-ratio-75": {"split_ratio": 0.75},
 }
-"""What is other than in `sdr`."""
+"""The settings that are other than in `sdr`."""
 SAMPLED = 4
 """Sub-nets of random images that are probed."""
 LAST_STEPS = 50
@@ -68,22 +72,25 @@ class SdrArmSettings:
     """Of the base, which `measure` has trained."""
     steps: int = 1000
     batch_size: int = 64
-    learning_rate: float | None = None
+    learning_rate: float = 0.03
+    """Of the second stage of plain models."""
+    subnet_rate: float = 0.06
+    """Of sub-nets, whose gradients are a mean over turns: a group's own is halved by a step of two."""
     warmup_steps: int = 60
     groups: int = 4
-    split_stages: int = 2
-    clusters: int | None = None
-    """As many as there are paths, or fewer."""
-    split_ratio: float = 0.5
-    kd_coef: float = 0.25
+    split_stages: int = 4
+    clusters: int = 4
+    """One for every sub-net, as many as there are paths, or fewer."""
+    split_ratio: float = 0.25
+    heads: Literal["own", "common"] = "own"
+    kd_coef: float = 0.0
+    progressive: bool = True
+    shuffled: bool = False
+    """Deal the images to the clusters at random."""
     turns_a_step: int = 2
     shared_share: float = 0.2
     num_labels: int = 300
     num_draws: int = 5
-
-    @property
-    def num_paths(self) -> int:
-        return self.clusters or self.groups**self.split_stages
 
 
 @dataclass(frozen=True)
@@ -204,23 +211,24 @@ def continued(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
 
 
 def find_clusters(bench: SdrBench, arm: SdrArm, base: nn.Module) -> Clustering:
-    config = sinkhorn.Config(num_clusters=bench.settings.num_paths, capacity_factor=1.1, min_rank=2)
+    config = sinkhorn.Config(num_clusters=bench.settings.clusters, capacity_factor=1.1, min_rank=2)
     return sinkhorn.fit(embed(base, bench.pool), config, torch.Generator().manual_seed(arm.seed))
 
 
 def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     """All phases from the base, the choice of every task, and as many sub-nets probed as the arm needs."""
-    settings, corpus, variant = bench.settings, bench.corpus, VARIANTS[arm.name]
+    settings = replace(bench.settings, learning_rate=bench.settings.subnet_rate, **VARIANTS[arm.name])
+    bench, corpus = replace(bench, settings=settings), bench.corpus
     base = resnet.copy_of(plain.model)
     clusters = find_clusters(bench, arm, base)
     generator = torch.Generator().manual_seed(arm.seed)
     digits = tree.grow(clusters.centroids, clusters.sizes, settings.groups, settings.split_stages, generator)
     labels = clusters.labels
-    if variant.get("shuffled"):
+    if settings.shuffled:
         labels = labels[torch.randperm(len(labels), generator=generator)]
-    progressive = variant.get("progressive", True)
-    first, steps = (settings.base_steps, settings.steps) if progressive else (0, settings.base_steps + settings.steps)
-    planned = phases.plan(digits, len(base.config.depths), steps, progressive=progressive)
+    first = settings.base_steps if settings.progressive else 0
+    steps = settings.base_steps + settings.steps - first
+    planned = phases.plan(digits, len(base.config.depths), steps, progressive=settings.progressive)
     schedules = [phases.rounds(p, settings.turns_a_step, settings.shared_share, arm.stream_seed) for p in planned]
     net, learned = train_phases(bench, arm, plain, planned, schedules, labels)
     spent = phases.account(first, planned, schedules, settings.batch_size)
@@ -228,7 +236,7 @@ def subnets(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
         spent.total_steps, spent.images_seen, spent.steps_touching_path[0], spent.images_seen_by_path[0]
     )
     told |= {"ranks": directions_of(map(net.extract, range(len(net.paths))), bench.pool)}
-    if variant.get("shuffled"):  # a task has no reason to prefer one of them: their mean is what it can expect
+    if settings.shuffled:  # a task has no reason to prefer one of them: their mean is what it can expect
         models = [net.extract(row) for row in range(min(SAMPLED, len(net.paths)))]
         scores = mean_scores(corpus, [probed(bench, arm, model) for model in models], range(len(models)))
         return told | {"scores": scores}
@@ -253,11 +261,23 @@ def every_subnet(bench: SdrBench, arm: SdrArm, net: supernet.SuperNet, picked: d
     candidates, candidate_scores = [shared, *models], [of_shared, *scores]
     return {
         **picked_scores(bench.corpus, scores, picked),
+        "wrong": of_others(bench, scores, picked),
         "shared": of_shared,
         "regret": {name: lost(scores, name, row) for name, row in picked.items()},
         "by_neighbours": by_neighbours(bench, arm, candidates, candidate_scores, bench.settings.num_labels),
         "by_all_neighbours": by_neighbours(bench, arm, candidates, candidate_scores, None),
     }
+
+
+def of_others(bench: SdrBench, scores: list[dict[str, Any]], picked: dict[str, int]) -> dict[str, Any]:
+    """Every task's mean score with the sub-nets that other tasks picked and it did not."""
+    wrong = {}
+    for name, mine in picked.items():
+        others = sorted(set(picked.values()) - {mine})
+        if not others:
+            raise UsageError("all tasks picked one sub-net: there is no wrong choice to compare with", received=picked)
+        wrong[name] = mean_scores(bench.corpus, scores, others)[name]
+    return wrong
 
 
 def of_picked(
@@ -291,15 +311,11 @@ def train_phases(
     schedules: Sequence[Rounds],
     labels: Tensor,
 ) -> tuple[supernet.SuperNet, Learned]:
-    settings, variant, made = bench.settings, VARIANTS[arm.name], learner(bench.settings.objective)
-    if not variant.get("progressive", True):
+    settings, made = bench.settings, learner(bench.settings.objective)
+    if not settings.progressive:
         plain = made.objective(resnet.fresh(plain.model.config, arm.seed), seed=arm.seed)
-    given = supernet.Config(
-        groups=settings.groups,
-        split_ratio=variant.get("split_ratio", settings.split_ratio),
-        teacher=variant.get("teacher", "anchor"),
-    )
-    config = LearningConfig(ssl=settings.objective, kd_coef=variant.get("kd_coef", settings.kd_coef))  # type: ignore[arg-type]
+    given = supernet.Config(groups=settings.groups, split_ratio=settings.split_ratio)
+    config = LearningConfig(ssl=settings.objective, heads=settings.heads, kd_coef=settings.kd_coef)  # type: ignore[arg-type]
     current = SubnetLearning(supernet.supernet(plain.model, given), plain.projector, plain.predictor, config, 1)
     learned = Learned()
 

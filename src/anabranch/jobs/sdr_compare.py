@@ -27,20 +27,21 @@ COMPARISONS = {
     "the same, with all labels": ("sdr by all neighbours", "continued"),
     "the shared model beside sub-nets over the continued one": ("sdr shared", "continued"),
     "sub-nets over the shared model beside them": ("sdr", "sdr shared"),
-    "with distillation over without": ("sdr", "sdr-no-kd"),
+    "four sub-nets over sixteen": ("sdr", "sdr-16"),
+    "with distillation over without": ("sdr-kd", "sdr"),
+    "heads of their own over common ones": ("sdr", "sdr-common-heads"),
     "progressive over all at once": ("sdr", "sdr-at-once"),
     "sub-nets over one model a cluster": ("sdr", "separate"),
     "one model a cluster over the continued model": ("separate", "continued"),
     "one model a true domain over the continued model": ("oracle", "continued"),
     "right domain's model over wrong ones": ("oracle", "oracle wrong"),
     "small crops beside the views over the continued model": ("multi-crop", "continued"),
-    "the full net as teacher over the anchor": ("sdr-supernet", "sdr"),
 }
 ARMS = (
     *("random-init", "base", "continued", "multi-crop", "sdr", "sdr-random"),
-    *("sdr-no-kd", "sdr-at-once", "sdr-ratio-25", "sdr-ratio-75", "separate", "oracle"),
+    *("sdr-16", "sdr-kd", "sdr-common-heads", "sdr-at-once", "sdr-ratio-50", "sdr-ratio-75", "separate", "oracle"),
 )
-DIAL = {"continued": 0, "sdr-ratio-75": 25, "sdr": 50, "sdr-ratio-25": 75, "separate": 100}
+DIAL = {"continued": 0, "sdr-ratio-75": 25, "sdr-ratio-50": 50, "sdr": 75, "separate": 100}
 """Percent of a split stage's channels that a model has for itself, from all shared to none."""
 TOLERATED = 0.5
 """Points that a task may lose against the shared model before the transfer counts as unsafe."""
@@ -65,7 +66,6 @@ def summarise(results: dict[str, Any], tasks: list[str], budget: SdrArmSettings)
     return {
         "tasks": tasks,
         **asdict(budget),
-        "num_paths": budget.num_paths,
         "seeds": sorted(next(iter(found.values()))),
         "effects": effects(found, tasks, comparisons=COMPARISONS),
         "effects_knn": effects(found, tasks, "knn", comparisons=COMPARISONS),
@@ -124,7 +124,7 @@ def tables(transfer: dict[str, Any], result: dict[str, Any]) -> str:
     ]
     parts = [
         f"{len(result['seeds'])} seeds, {result['base_steps']} + {result['steps']} steps of {result['batch_size']} "
-        f"images, {result['num_paths']} sub-nets ({result['groups']} groups in each of {result['split_stages']} "
+        f"images, {result['clusters']} sub-nets ({result['groups']} groups in each of {result['split_stages']} "
         f"stages); {scores_in_words(result)}",
         *diagnosis(transfer, result["tasks"]),
         *arm_tables(result),

@@ -12,7 +12,7 @@ from anabranch.report.figures import curves
 from anabranch.report.page import Figure, Page, Section, Table, write
 
 LEAD = {
-    ("sdr", "sdr wrong"): "The sub-net that a task picks, minus those that it does not pick",
+    ("sdr", "sdr wrong"): "The sub-net that a task picks, minus those that other tasks pick",
     ("sdr", "sdr-random"): "Sub-nets of clusters that were found without labels, minus sub-nets of random images",
     ("sdr", "continued"): "Sub-nets of clusters, minus the shared model trained on equally long",
 }
@@ -35,7 +35,7 @@ def write_subnet_page(run: Path) -> Path:
 
 def subnet_facts(transfer: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, object]]:
     return [
-        ("sub-nets", f"{result['num_paths']}: {result['groups']} groups in each of {result['split_stages']} stages"),
+        ("sub-nets", f"{result['clusters']}: {result['groups']} groups in each of {result['split_stages']} stages"),
         ("stage with sub-nets", f"{result['steps']:,} steps of {result['batch_size']} images, the same for every arm"),
         ("processor time", f"{(transfer['seconds'] + result['seconds']) / 60:.0f} minutes"),
     ]
