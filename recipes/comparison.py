@@ -81,7 +81,8 @@ SDR = Family(
         "multi-crop": "the same with two small crops beside the views, at twice the cost",
         "sdr": "sub-nets of clusters, the one that the task's images vote for",
         "sdr by neighbours": "the same or the shared model beside them, chosen with as many labels as the probe has",
-        "sdr wrong": "sub-nets that the task did not pick",
+        "sdr wrong": "sub-nets that other tasks picked",
+        "sdr-16": "sixteen sub-nets of smaller clusters",
         "sdr-random": "sub-nets of random images",
         "separate": "one model a cluster, nothing shared",
         "oracle": "one model a true domain, nothing shared",
@@ -111,10 +112,10 @@ def parts(family: Family, transfer: dict[str, Any], result: dict[str, Any]) -> l
     controls = [e for e in result["effects"] if e["left"] == family.method and e["right"] != "continued"]
     return [
         f"## {family.title}",
-        f"{len(result['seeds'])} seeds, {result['steps']} + {result['steps']} steps of {result['batch_size']} images "
-        f"for every arm. A model that is handed over has {parameters:,} parameters and {macs:,} multiply-accumulates "
-        f"an image, whichever arm it is from. Linear probe with {result['num_labels']} labels, percent; 95 % "
-        "t-intervals over seeds, paired.",
+        f"{len(result['seeds'])} seeds, {result.get('base_steps', result['steps'])} + {result['steps']} steps of "
+        f"{result['batch_size']} images for every arm. A model that is handed over has {parameters:,} parameters and "
+        f"{macs:,} multiply-accumulates an image, whichever arm it is from. "
+        f"Linear probe with {result['num_labels']} labels, percent; 95 % t-intervals over seeds, paired.",
         arms_table(family, result),
         table(
             ["difference", "arms", "mean over tasks", "verdict"],

@@ -17,7 +17,7 @@ from anabranch.jobs.settings import MeasureSettings
 from anabranch.report.page import standalone
 
 DOMAINS = ("garments", "animals", "digits", "textures")
-STEPS, BATCH_SIZE = 1000, 64
+STEPS, SUBNET_STEPS, BATCH_SIZE = 1000, 2000, 64
 FIRST_SEED, SEEDS = 30, 5
 HERE = Path(__file__).parent
 START, END = "<!-- written by recipe.py -->", "<!-- end -->"

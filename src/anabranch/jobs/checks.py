@@ -23,7 +23,7 @@ EXPERTS_ONLY = (
 CLUSTERS_ONLY = ("clusters", "clusterer", "mixed_target", "capacity_factor", "min_rank", "fit_images")
 SDR_ONLY = (
     *("groups", "split_stages", "split_ratio", "ssl", "paths", "teacher", "heads", "kd_coef"),
-    *("kd_schedule", "kd_view"),
+    *("kd_schedule", "kd_view", "phase_rate"),
     *("anchor_share", "paths_a_step", "base_share", "progressive"),
 )
 SHARES = ("split_ratio", "anchor_share", "base_share")
@@ -39,6 +39,8 @@ def check_settings(settings: PretrainSettings) -> None:
     for name in SHARES:
         if not 0 <= getattr(settings, name) <= 1:
             raise UsageError(f"{name} is no share", expected="from 0 to 1", received=getattr(settings, name))
+    if not settings.phase_rate > 0:
+        raise UsageError("phase_rate leaves nothing to learn", expected="above 0", received=settings.phase_rate)
     if settings.kd_coef < 0:
         raise UsageError("kd_coef is negative", expected="0 or more", received=settings.kd_coef)
     if settings.clusters != "auto" and not settings.clusters.isdigit():

@@ -22,7 +22,7 @@ from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.jobs.clusters import described, obtain_clusters
-from anabranch.jobs.learners import family_of, learner
+from anabranch.jobs.learners import family_of, learner, training
 from anabranch.jobs.measure import write_json
 from anabranch.jobs.sdr_checks import base_steps, check_request
 from anabranch.jobs.sdr_monitor import look
@@ -107,14 +107,13 @@ def learn(
 ) -> tuple[SubnetLearning, list[dict[str, Any]], dict[str, Any]]:
     """All phases after phase 0; those that are finished are read back. Last, the directions of the features."""
     learned, stages, seen = unsplit(settings, plain, images), [], {}
+    rate = settings.phase_rate * training(learner_of(settings), settings.learning_rate)["learning_rate"]
     for number, (phase, rounds) in enumerate(zip(planned, schedules, strict=True), 1):
         say(f"phase {number}: {len(phase.paths)} sub-nets, {phase.num_split} stages split, {phase.steps} steps")
         learned = grown(learned, phase.paths, phase.num_split, phase.steps)
         stream = phases.batches(phase, rounds, clusters.labels, settings.batch_size, views(settings, images, plain))
         with failing_in(f"phase {number}"):
-            stages.append(
-                train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", settings.learning_rate)
-            )
+            stages.append(train_stage(settings, learned, stream, phase.steps, run / f"phase-{number}", rate))
         seen = look(learned.net, plain.model, images, number)
     return learned, stages, seen
 

@@ -127,7 +127,7 @@ class PretrainSettings(PretrainFlags):
     """Of sdr: groups of channels that every split stage chooses one of; there are groups ** split_stages sub-nets."""
     split_stages: int = 2
     """Stages that are split, the last ones."""
-    split_ratio: float = 0.5
+    split_ratio: float = 0.25
     """Share of a stage's channels that all sub-nets have in common."""
     ssl: Literal["simsiam", "byol"] = "simsiam"
     """How the sub-nets learn."""
@@ -146,6 +146,8 @@ class PretrainSettings(PretrainFlags):
     anchor_share: float = 0.2
     """Share of the steps that also train what all sub-nets share, on all images."""
     paths_a_step: int = 2
+    phase_rate: float = 0.6
+    """Learning rate of the phases with sub-nets, as a multiple of that of phase 0 (recipes/sdr)."""
     base_share: float = 0.4
     """Share of the steps before the first split."""
     progressive: bool = True

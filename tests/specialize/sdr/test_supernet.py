@@ -187,7 +187,7 @@ def test_views_side_by_side_are_views_one_after_another(make_backbone, disturb, 
 
 
 def test_a_narrow_path_has_the_first_channels_of_each_group(make_backbone, disturb, pixels):
-    net = disturb(split(make_backbone("bottleneck"), num_split=3, groups=2))
+    net = disturb(split(make_backbone("bottleneck"), num_split=3, groups=2, split_ratio=0.5))
     plain = net.extract(5, keep=0.5)
     assert list(plain.config.hidden_sizes) == [8, 9, 12, 15]
     assert features(plain, pixels).shape == (6, 15)

@@ -47,7 +47,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 class Config:
     groups: int = 4
     """Choices a split stage offers."""
-    split_ratio: float = 0.5
+    split_ratio: float = 0.25
     """Share of a stage's channels that all paths have in common, rounded to whole channels."""
     teacher: Literal["anchor", "supernet"] = "anchor"
     """What the model of all images is: a path with groups of its own, or all groups at once."""
