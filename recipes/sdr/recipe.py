@@ -47,7 +47,13 @@ def run(tiny: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     # 1. pre-train on every source and on all; probe every task: the transfer matrix, and phase 0 for every seed
     transfer = measure(given)
     # 2. cluster the features of phase 0, grow the tree, split the net phase by phase; and every arm beside it
-    budget = SdrArmSettings(base_steps=given.steps, steps=given.steps, batch_size=BATCH_SIZE, groups=2 if tiny else 4)
+    budget = SdrArmSettings(
+        base_steps=given.steps,
+        steps=40 if tiny else SUBNET_STEPS,
+        batch_size=BATCH_SIZE,
+        groups=2 if tiny else 4,
+        clusters=2 if tiny else 4,
+    )
     return transfer, compare_subnets(given, budget)
 
 

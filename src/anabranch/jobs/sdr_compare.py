@@ -27,7 +27,7 @@ COMPARISONS = {
     "the same, with all labels": ("sdr by all neighbours", "continued"),
     "the shared model beside sub-nets over the continued one": ("sdr shared", "continued"),
     "sub-nets over the shared model beside them": ("sdr", "sdr shared"),
-    "four sub-nets over sixteen": ("sdr", "sdr-16"),
+    "few sub-nets over sixteen": ("sdr", "sdr-16"),
     "with distillation over without": ("sdr-kd", "sdr"),
     "heads of their own over common ones": ("sdr", "sdr-common-heads"),
     "progressive over all at once": ("sdr", "sdr-at-once"),
