@@ -103,6 +103,8 @@ def test_two_batches_of_a_small_source_are_disjoint():
         ({"method": "sdr", "base_steps": 5}, "base_steps would change nothing"),
         ({"method": "sdr", "split_ratio": 1.5}, "split_ratio is no share"),
         ({"method": "sdr", "kd_coef": -1.0}, "kd_coef is negative"),
+        ({"method": "sdr", "phase_rate": 0.0}, "phase_rate leaves nothing to learn"),
+        ({"method": "byol", "heads": "common"}, "heads would change nothing"),
         ({"method": "sdr", "groups": 0}, "groups is too small"),
     ],
 )

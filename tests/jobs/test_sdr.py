@@ -19,7 +19,7 @@ from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import open_images
 from anabranch.data.streams import derived_seed
 from anabranch.errors import AnabranchError, Stopped, UsageError
-from anabranch.jobs import stages
+from anabranch.jobs import pretrain_sdr, stages
 from anabranch.jobs.customize import customize
 from anabranch.jobs.customize_sdr import recalibrated
 from anabranch.jobs.pretrain import pretrain
@@ -225,8 +225,9 @@ def test_a_loss_that_is_not_finite_names_the_phase_and_keeps_what_was_saved(run,
         {},
         pytest.param({"ssl": "byol"}, marks=pytest.mark.slow),
         pytest.param({"teacher": "supernet"}, marks=pytest.mark.slow),
+        pytest.param({"heads": "common"}, marks=pytest.mark.slow),
     ],
-    ids=["simsiam", "byol", "supernet"],
+    ids=["simsiam", "byol", "supernet", "common"],
 )
 def test_two_processes_give_the_subnets_of_one(run, folders, tmp_path, monkeypatch, options):
     """From one given base, as in phase 0 each process normalises by its own rows; in double precision."""
@@ -252,6 +253,13 @@ def test_a_path_learns_now_in_one_process_now_in_the_other():
     rounds = Rounds(4, 2, 0.2, derived_seed("phase", 0, 2))
     turns = [rounds.at(step) for step in range(STEPS // 2)]
     assert all({step.index(row) for step in turns if row in step} == {0, 1} for row in range(4))
+
+
+def test_phases_learn_at_their_share_of_the_rate(folders, tmp_path, monkeypatch):
+    rates, original = [], pretrain_sdr.train_stage
+    monkeypatch.setattr(pretrain_sdr, "train_stage", lambda *given: rates.append(given[-1]) or original(*given))
+    pretrain(settings_of(folders, tmp_path / "run", learning_rate=0.2, phase_rate=0.25))
+    assert rates == pytest.approx([0.2, 0.05, 0.05])
 
 
 # Wrong use -----------------------------------------------------------------------------------------------------------
