@@ -78,6 +78,7 @@ SDR = Family(
     "sdr",
     FAIR
     | {
+        "by-cluster": "the same, every batch from one cluster: no sub-nets, but their batches",
         "multi-crop": "the same with two small crops beside the views, at twice the cost",
         "sdr": "sub-nets of clusters, the one that the task's images vote for",
         "sdr by neighbours": "the same or the shared model beside them, chosen with as many labels as the probe has",

@@ -4,6 +4,7 @@
 random-init       the network before it learned anything: the floor
 base              where all other arms start: phase 0
 continued         the base, trained on: the fair baseline
+by-cluster        the same, every batch from one cluster: what comes from the batches alone, without sub-nets
 multi-crop        the same with two small crops beside the two views: "just train better", at twice the cost
 sdr               sub-nets of clusters found without labels; each task takes the one its images vote for
 sdr-random        the same images dealt to sub-nets without meaning: the floor
@@ -45,7 +46,7 @@ from anabranch.specialize.sdr.channels import SHARED
 from anabranch.specialize.sdr.objective import Config as LearningConfig
 from anabranch.specialize.sdr.objective import SubnetLearning, grown
 from anabranch.specialize.sdr.phases import Phase
-from anabranch.specialize.sdr.schedule import Rounds
+from anabranch.specialize.sdr.schedule import PathIndices, Rounds
 from anabranch.train.loop import TrainConfig, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -128,6 +129,7 @@ def run_sdr_arm(bench: SdrBench, arm: SdrArm) -> dict[str, Any]:
         "random-init": untrained,
         "base": base_alone,
         "continued": continued,
+        "by-cluster": continued,
         "multi-crop": continued,
         "separate": separate,
         "oracle": separate,
@@ -200,7 +202,12 @@ def learn(
 def continued(bench: SdrBench, arm: SdrArm, plain: nn.Module) -> dict[str, Any]:
     settings, learned = bench.settings, Learned()
     views = Views(num_small=2) if arm.name == "multi-crop" else Views()
-    indices = ShuffledIndices(len(bench.pool), settings.batch_size, arm.stream_seed)
+    indices: Any = ShuffledIndices(len(bench.pool), settings.batch_size, arm.stream_seed)
+    if arm.name == "by-cluster":
+        labels = find_clusters(bench, arm, resnet.copy_of(plain.model)).labels
+        members = [(labels == k).nonzero()[:, 0] for k in range(settings.clusters)]
+        rounds = Rounds(len(members), 1, settings.shared_share, arm.stream_seed)
+        indices = PathIndices(rounds, members, len(bench.pool), settings.batch_size)
     made = learner(settings.objective)
     stream = made.stream(bench.pool, plain.model, indices, seed=arm.stream_seed, views=views)
     learn(bench, plain, stream, arm, settings.steps, settings.batch_size, learned)

@@ -23,6 +23,8 @@ COMPARISONS = {
     "right sub-net over wrong ones": ("sdr", "sdr wrong"),
     "sub-nets of clusters over random ones": ("sdr", "sdr-random"),
     "sub-nets over the continued model": ("sdr", "continued"),
+    "sub-nets over one model with the same batches": ("sdr", "by-cluster"),
+    "batches of one cluster over mixed ones": ("by-cluster", "continued"),
     "sub-nets chosen by neighbours over the continued model": ("sdr by neighbours", "continued"),
     "the same, with all labels": ("sdr by all neighbours", "continued"),
     "the shared model beside sub-nets over the continued one": ("sdr shared", "continued"),
@@ -38,7 +40,7 @@ COMPARISONS = {
     "small crops beside the views over the continued model": ("multi-crop", "continued"),
 }
 ARMS = (
-    *("random-init", "base", "continued", "multi-crop", "sdr", "sdr-random"),
+    *("random-init", "base", "continued", "by-cluster", "multi-crop", "sdr", "sdr-random"),
     *("sdr-16", "sdr-kd", "sdr-common-heads", "sdr-at-once", "sdr-ratio-50", "sdr-ratio-75", "separate", "oracle"),
 )
 DIAL = {"continued": 0, "sdr-ratio-75": 25, "sdr-ratio-50": 50, "sdr": 75, "separate": 100}
