@@ -24,6 +24,7 @@ from anabranch.jobs.customize import customize
 from anabranch.jobs.customize_sdr import recalibrated
 from anabranch.jobs.pretrain import pretrain
 from anabranch.jobs.pretrain_sdr import load_subnets
+from anabranch.jobs.sdr_checks import num_paths
 from anabranch.jobs.settings import CustomizeSettings, PretrainSettings
 from anabranch.models import resnet, vit_mae
 from anabranch.specialize.sdr.channels import SHARED
@@ -260,6 +261,21 @@ def test_phases_learn_at_their_share_of_the_rate(folders, tmp_path, monkeypatch)
     monkeypatch.setattr(pretrain_sdr, "train_stage", lambda *given: rates.append(given[-1]) or original(*given))
     pretrain(settings_of(folders, tmp_path / "run", learning_rate=0.2, phase_rate=0.25))
     assert rates == pytest.approx([0.2, 0.05, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 4),  # 600 of 1,000 steps after phase 0: 960 turns
+        ({"steps": 10_000}, 12),  # 9,600 turns
+        ({"steps": 10_000, "anchor_share": 0.0}, 15),
+        ({"steps": 10_000, "split_stages": 1}, 4),  # no more than there are paths
+        ({"steps": 10**7}, 50),  # forty images each
+    ],
+)
+def test_auto_gives_every_subnet_enough_turns_and_images(options, count):
+    settings = PretrainSettings(images=("patchwork:digits",), method="sdr", **({"steps": 1000} | options))
+    assert num_paths(settings, num_images=2000) == count
 
 
 # Wrong use -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from anabranch.train.processes import launched
 
 FEW_IMAGES, TOO_FEW_IMAGES = 40, 4
 """Images of a cluster below which a sub-net will hardly learn, and cannot learn."""
+TURNS = 800
+"""Of a sub-net after phase 0; of two lengths and two numbers of sub-nets the longest turns were best (recipes/sdr)."""
 LEAST_TURN = 2
 """Images of a turn: batch statistics need two."""
 
@@ -50,7 +52,7 @@ def num_paths(settings: PretrainSettings, num_images: int) -> int:
     """Clusters, one for every sub-net."""
     most = settings.groups**settings.split_stages
     enough = max(num_images // FEW_IMAGES, 2)
-    count = min(most, enough) if settings.clusters == "auto" else int(settings.clusters)
+    count = min(most, enough, subnets_in_time(settings)) if settings.clusters == "auto" else int(settings.clusters)
     if count > most:
         raise UsageError(
             f"there are fewer paths than clusters: {settings.groups} groups in {settings.split_stages} stages",
@@ -70,6 +72,12 @@ def num_paths(settings: PretrainSettings, num_images: int) -> int:
     if num_images < FEW_IMAGES * count:
         say(f"warning: {num_images} images are few for {count} sub-nets; with {FEW_IMAGES} each: --clusters {enough}")
     return count
+
+
+def subnets_in_time(settings: PretrainSettings) -> int:
+    """As many as have enough turns each in the steps that are asked for; at least as many as there are groups."""
+    turns = (settings.steps - base_steps(settings)) * settings.paths_a_step * (1 - settings.anchor_share)
+    return max(int(turns / TURNS), settings.groups, 2)
 
 
 def check_turns(settings: PretrainSettings) -> None:

@@ -124,9 +124,9 @@ class PretrainSettings(PretrainFlags):
     fit_images: int = 256_000
     """Images that the clusters are fitted on; the rest is assigned."""
     groups: int = 4
-    """Of sdr: groups of channels that every split stage chooses one of; there are groups ** split_stages sub-nets."""
-    split_stages: int = 2
-    """Stages that are split, the last ones."""
+    """Of sdr: groups of channels that every split stage chooses one of; there are groups ** split_stages paths."""
+    split_stages: int = 4
+    """Stages that are split, the last ones; stages that all sub-nets have in common leave them little of their own."""
     split_ratio: float = 0.25
     """Share of a stage's channels that all sub-nets have in common."""
     ssl: Literal["simsiam", "byol"] = "simsiam"
