@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What erasing leaves behind: a folder of plain files, with and without which a pipeline is bit for bit known.
+
+pytorch_lora_weights.safetensors   LoRA of the denoiser, where LoRA was trained: pipe.load_lora_weights(folder)
+denoiser/                          the whole denoiser instead, where it was trained: SomeModel.from_pretrained
+negative.safetensors               POLICY -> negative_prompt_embeds (1, L, D), POLICY.pooled -> negative_pooled_...
+geom_tokens.safetensors            ENCODER/WORD -> embedding (d,), left out on request: they also make the concept
+geom_config.json                   grid, names, base, detector, settings, what was measured
+README.md                          how to use it, with and without this package
+
+`apply` puts all of it into a pipeline and `remove` takes it out; nothing of the pipeline is ever written to.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anabranch.errors import UsageError, did_you_mean
+from anabranch.models.diffusion.conditioning import Conditioning
+from anabranch.models.diffusion.family import denoiser, encoders, family, networks, quiet
+from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.models.diffusion.tokens import Attached, attach, detach
+from anabranch.suppress.geom_erasing.bins import Bin, Grid
+from anabranch.suppress.geom_erasing.negatives import negative_prompts
+from anabranch.suppress.geom_erasing.words import Vocabulary, room, token_count
+from anabranch.suppress.lora import WEIGHTS, load_lora, remove_lora, save_lora
+
+TOKENS, NEGATIVE, CONFIG, WHOLE = "geom_tokens.safetensors", "negative.safetensors", "geom_config.json", "denoiser"
+FORMAT = 1
+READY = ("name", "prior", "all")
+"""Policies whose negative prompt is the same for every picture, so that it can lie ready in a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The folder, read."""
+
+    folder: Path
+    vocabulary: Vocabulary
+    rows: dict[str, Tensor] | None
+    """Embeddings of the new words by encoder, (n, d); None where they were not published."""
+    training_bins: list[list[Bin]]
+    """Of the images that contained the concept: each set of bins once, with how often in `counts`."""
+    counts: list[int]
+    config: dict[str, Any]
+
+    @property
+    def trained(self) -> str:
+        return str(self.config["trained"])
+
+
+@dataclass(kw_only=True)
+class Applied:
+    """An adapter in a pipeline; `arguments` is what a call of the stock pipeline takes in addition."""
+
+    pipe: Any
+    adapter: Adapter
+    attached: Attached | None
+    policy: str
+    old_denoiser: nn.Module | None = None
+
+    def negative(
+        self,
+        policy: str | None = None,
+        count: int = 1,
+        *,
+        own: str = "",
+        seed: int = 0,
+        detected: Sequence[Sequence[Bin]] | None = None,
+    ) -> Conditioning:
+        """The negative prompts of `count` pictures; `own` is what the user does not want besides, put after ours."""
+        policy = policy or self.policy
+        if self.attached is None:
+            return self.ready(policy, own).repeat(count)
+        texts = self.texts(policy, count, seed=seed, detected=detected)
+        needed = max(token_count(self.pipe, text) for text in dict.fromkeys(texts)) + token_count(self.pipe, own)
+        if needed > room(self.pipe):
+            raise UsageError(
+                "the negative prompt is too long",
+                expected=f"at most {room(self.pipe)} tokens",
+                received=f"{needed} with your own words",
+                hint="fewer words of your own, or the policy name",
+            )
+        return encode_prompts(self.pipe, [f"{text} {own}".strip() for text in texts])
+
+    def texts(
+        self, policy: str, count: int, *, seed: int = 0, detected: Sequence[Sequence[Bin]] | None = None
+    ) -> list[str]:
+        adapter = self.adapter
+        drawn = [bins for bins, times in zip(adapter.training_bins, adapter.counts, strict=True) for _ in range(times)]
+        most = room(self.pipe) - token_count(self.pipe, adapter.vocabulary.name)
+        return negative_prompts(
+            policy, adapter.vocabulary, count, training_bins=drawn, most=most, seed=seed, detected=detected
+        )
+
+    def ready(self, policy: str, own: str = "") -> Conditioning:
+        """From the file: all there is where the words themselves were not published."""
+        found = ready_negatives(self.adapter.folder)
+        if policy not in found or own:
+            raise UsageError(
+                "this adapter came without its words",
+                expected=f"one of the negatives in {NEGATIVE}: {', '.join(sorted(found))}, with no words of your own",
+                received=f"policy {policy}" + (f" with {own!r}" if own else ""),
+            )
+        return found[policy]
+
+    def arguments(self, policy: str | None = None, **options: Any) -> dict[str, Tensor]:
+        """Keyword arguments for one call of the pipeline with one prompt; not together with `negative_prompt`."""
+        given: dict[str, Tensor] = family(self.pipe).call_arguments(self.negative(policy, **options), "negative_")
+        return given
+
+
+def fingerprint(pipe: Any) -> str:
+    """Of denoiser and text encoders: names, shapes, and 64 values spread over every tensor."""
+    digest = hashlib.sha256()
+    parts = {"denoiser": denoiser(pipe)} | {name: encoder for name, _, encoder in encoders(pipe)}
+    for part, module in parts.items():
+        for name, tensor in module.state_dict().items():
+            flat = tensor.detach().flatten()
+            few = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+            digest.update(f"{part}.{name}{tuple(tensor.shape)}".encode() + few.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def save_adapter(
+    pipe: Any,
+    folder: Path,
+    vocabulary: Vocabulary,
+    attached: Attached,
+    training_bins: Sequence[Sequence[Bin]],
+    config: dict[str, Any],
+    *,
+    publish_tokens: bool = True,
+) -> None:
+    """Fill an empty folder. `config` has at least trained and base (the fingerprint from before training)."""
+    if config["trained"] == "lora":
+        save_lora(pipe, folder)
+    elif config["trained"] == "denoiser":
+        with quiet():
+            denoiser(pipe).save_pretrained(folder / WHOLE)
+    rows = {
+        f"{name}/{word}": row
+        for name, table in attached.rows().items()
+        for word, row in zip(attached.words, table.cpu(), strict=True)
+    }
+    if publish_tokens:
+        save_file({name: row.contiguous() for name, row in rows.items()}, folder / TOKENS)
+    kinds = sorted({tuple(bins) for bins in training_bins})
+    counts = [sum(tuple(bins) == kind for bins in training_bins) for kind in kinds]
+    written = config | {
+        "format": FORMAT,
+        "family": family(pipe).__name__.rsplit(".", 1)[-1],
+        "name": vocabulary.name,
+        "new_name": vocabulary.new_name,
+        "grid": [vocabulary.grid.columns, vocabulary.grid.rows],
+        "training_bins": [[list(place) for place in kind] for kind in kinds],
+        "training_counts": counts,
+    }
+    adapter = Adapter(
+        folder=folder, vocabulary=vocabulary, rows=attached.rows(),
+        training_bins=[list(kind) for kind in kinds], counts=counts, config=written,
+    )  # fmt: skip
+    save_negatives(Applied(pipe=pipe, adapter=adapter, attached=attached, policy="name"), folder)
+    (folder / CONFIG).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+def save_negatives(applied: Applied, folder: Path) -> None:
+    tensors = {}
+    for policy in READY:
+        try:
+            conditioning = applied.negative(policy)
+        except UsageError:  # no boxes to draw from, or no room for every bin
+            continue
+        tensors[policy] = conditioning.embeds.cpu().contiguous()
+        if conditioning.pooled is not None:
+            tensors[f"{policy}.pooled"] = conditioning.pooled.cpu().contiguous()
+    save_file(tensors, folder / NEGATIVE)
+
+
+def ready_negatives(folder: Path) -> dict[str, Conditioning]:
+    tensors = load_file(folder / NEGATIVE)
+    return {
+        name: Conditioning(embeds=tensor, pooled=tensors.get(f"{name}.pooled"))
+        for name, tensor in tensors.items()
+        if not name.endswith(".pooled")
+    }
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """
+    Raises:
+        UsageError: not a folder that `anabranch erase train` wrote, or of a later format.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UsageError(
+            f"{folder} is not an adapter",
+            expected=f"a folder with {CONFIG}",
+            received="no such folder" if not folder.is_dir() else "a folder without it",
+            hint="anabranch erase train writes one",
+        )
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("format") != FORMAT:
+        raise UsageError(f"{file}: another format", expected=FORMAT, received=config.get("format"))
+    vocabulary = Vocabulary(name=config["name"], grid=Grid(*config["grid"]), new_name=config["new_name"])
+    rows = None
+    if (folder / TOKENS).is_file():
+        tensors = load_file(folder / TOKENS)
+        names = list(dict.fromkeys(key.partition("/")[0] for key in tensors))
+        rows = {name: torch.stack([tensors[f"{name}/{word}"] for word in vocabulary.words()]) for name in names}
+    return Adapter(
+        folder=folder,
+        vocabulary=vocabulary,
+        rows=rows,
+        training_bins=[[(m, n) for m, n in bins] for bins in config["training_bins"]],
+        counts=config["training_counts"],
+        config=config,
+    )
+
+
+def apply(pipe: Any, folder: str | Path, *, policy: str | None = None, strength: float = 1.0) -> Applied:
+    """Put an adapter into a pipeline of the model that it was made for.
+
+    policy     of negative prompts, the adapter's own when left out.
+    strength   of the LoRA.
+
+    Raises:
+        UsageError: another model, an adapter that is in already, or a strength that would do nothing.
+    """
+    adapter = read_adapter(folder)
+    if getattr(pipe, "_anabranch", None) is not None:
+        raise UsageError("the pipeline holds an adapter already", hint="remove(pipe) first")
+    check_base(pipe, adapter)
+    if strength != 1 and adapter.trained != "lora":
+        raise UsageError(
+            f"strength would change nothing: {adapter.trained} was trained, and there is no LoRA to scale",
+            expected=1,
+            received=strength,
+        )
+    old = None
+    attached = None if adapter.rows is None else attach(pipe, adapter.vocabulary.words(), adapter.rows)
+    if adapter.trained == "lora":
+        load_lora(pipe, adapter.folder, strength)
+    elif adapter.trained == "denoiser":
+        old = denoiser(pipe)
+        with quiet():
+            new = type(old).from_pretrained(adapter.folder / WHOLE, dtype=old.dtype, local_files_only=True)
+        setattr(pipe, family(pipe).DENOISER, new.to(old.device).eval().requires_grad_(False))
+    policy = policy or str(adapter.config.get("policy", "name"))
+    applied = Applied(pipe=pipe, adapter=adapter, attached=attached, policy=policy, old_denoiser=old)
+    pipe._anabranch = applied
+    return applied
+
+
+def remove(pipe: Any) -> None:
+    """The pipeline as it was before `apply`, to the bit."""
+    applied: Applied | None = getattr(pipe, "_anabranch", None)
+    if applied is None:
+        raise UsageError("the pipeline holds no adapter", hint="apply(pipe, folder) puts one in")
+    if applied.attached is not None:
+        detach(pipe, applied.attached)
+    if applied.adapter.trained == "lora":
+        remove_lora(pipe)
+    if applied.old_denoiser is not None:
+        setattr(pipe, family(pipe).DENOISER, applied.old_denoiser)
+    pipe._anabranch = None
+
+
+def check_base(pipe: Any, adapter: Adapter) -> None:
+    kind = family(pipe).__name__.rsplit(".", 1)[-1]
+    if adapter.config["family"] != kind:
+        raise UsageError(
+            f"{adapter.folder} was made for another kind of model",
+            expected=f"a pipeline of {adapter.config['family']}",
+            received=kind,
+            hint=did_you_mean(kind, [adapter.config["family"]]),
+        )
+    found = fingerprint(pipe)
+    if adapter.config["base"] != found:
+        raise UsageError(
+            f"{adapter.folder} was made for another base model",
+            expected=f"weights with the fingerprint {adapter.config['base']}",
+            received=found,
+            hint=f"the model it was trained on: {adapter.config.get('model', 'not recorded')}",
+        )
+
+
+def lora_file(folder: Path) -> Path:
+    return folder / WEIGHTS
+
+
+def hashes(pipe: Any) -> dict[str, str]:
+    """sha-256 of every tensor of every network of the pipeline, new words and LoRA among them."""
+    from anabranch.train.touch import digest
+
+    return {f"{part}.{name}": value for part, net in networks(pipe).items() for name, value in digest(net).items()}
