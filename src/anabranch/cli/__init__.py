@@ -11,6 +11,8 @@ COMMANDS = {
     "measure": "does sharing hurt? a transfer matrix with intervals and a verdict for each task",
     "pretrain": "learn from a folder of images with experts for its clusters, or without as the control",
     "customize": "hand back, for one task, the ordinary checkpoint that serves it",
+    "erase": "take out of a diffusion model what it draws unasked: scan, train, sample, eval, bake",
+    "data": "make data with a concept in it that no caption names",
     "demo": "see it all on images that ship with the package",
     "report": "build the page of a run again, finished or not",
     "list": "every method, from its card",

@@ -5,6 +5,8 @@ Colours are safe for colour-blind readers (blue above the centre, orange below) 
 numbers, outlines, bold type and words say the same. None and NaN print as an en dash.
 """
 
+from anabranch.report.bars import RateRow, rate_bars
+from anabranch.report.boxes import boxed_sheet, heat_strip, strips
 from anabranch.report.lines import Effect, curves, forest
 from anabranch.report.maps import Matrix, loads, matrix, two_matrices
 from anabranch.report.sheets import ClusterSheet, cluster_sheets, contact_sheet
@@ -13,11 +15,16 @@ __all__ = [
     "ClusterSheet",
     "Effect",
     "Matrix",
+    "RateRow",
+    "boxed_sheet",
     "cluster_sheets",
     "contact_sheet",
     "curves",
     "forest",
+    "heat_strip",
     "loads",
     "matrix",
+    "rate_bars",
+    "strips",
     "two_matrices",
 ]

@@ -30,7 +30,8 @@ from anabranch.models.diffusion.tokens import Attached, attach, detach
 from anabranch.suppress.geom_erasing.bins import Bin, Grid
 from anabranch.suppress.geom_erasing.negatives import negative_prompts
 from anabranch.suppress.geom_erasing.words import Vocabulary, room, token_count
-from anabranch.suppress.lora import WEIGHTS, load_lora, remove_lora, save_lora
+from anabranch.suppress.lora import load_lora, remove_lora, save_lora
+from anabranch.train.touch import digest
 
 TOKENS, NEGATIVE, CONFIG, WHOLE = "geom_tokens.safetensors", "negative.safetensors", "geom_config.json", "denoiser"
 FORMAT = 1
@@ -53,7 +54,12 @@ class Adapter:
 
     @property
     def trained(self) -> str:
+        """lora, denoiser, tokens; or baked, a LoRA that needs no negative prompt."""
         return str(self.config["trained"])
+
+    @property
+    def has_lora(self) -> bool:
+        return self.trained in ("lora", "baked")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +83,8 @@ class Applied:
     ) -> Conditioning:
         """The negative prompts of `count` pictures; `own` is what the user does not want besides, put after ours."""
         policy = policy or self.policy
+        if policy == "none":
+            return encode_prompts(self.pipe, [own]).repeat(count)
         if self.attached is None:
             return self.ready(policy, own).repeat(count)
         texts = self.texts(policy, count, seed=seed, detected=detected)
@@ -102,7 +110,14 @@ class Applied:
 
     def ready(self, policy: str, own: str = "") -> Conditioning:
         """From the file: all there is where the words themselves were not published."""
-        found = ready_negatives(self.adapter.folder)
+        found = {} if self.adapter.trained == "baked" else ready_negatives(self.adapter.folder)
+        if not found:
+            raise UsageError(
+                "a baked adapter needs no negative prompt and has none",
+                expected="policy none",
+                received=policy,
+                hint="the adapter that it was baked from has them",
+            )
         if policy not in found or own:
             raise UsageError(
                 "this adapter came without its words",
@@ -239,7 +254,7 @@ def apply(pipe: Any, folder: str | Path, *, policy: str | None = None, strength:
     if getattr(pipe, "_anabranch", None) is not None:
         raise UsageError("the pipeline holds an adapter already", hint="remove(pipe) first")
     check_base(pipe, adapter)
-    if strength != 1 and adapter.trained != "lora":
+    if strength != 1 and not adapter.has_lora:
         raise UsageError(
             f"strength would change nothing: {adapter.trained} was trained, and there is no LoRA to scale",
             expected=1,
@@ -247,7 +262,7 @@ def apply(pipe: Any, folder: str | Path, *, policy: str | None = None, strength:
         )
     old = None
     attached = None if adapter.rows is None else attach(pipe, adapter.vocabulary.words(), adapter.rows)
-    if adapter.trained == "lora":
+    if adapter.has_lora:
         load_lora(pipe, adapter.folder, strength)
     elif adapter.trained == "denoiser":
         old = denoiser(pipe)
@@ -267,7 +282,7 @@ def remove(pipe: Any) -> None:
         raise UsageError("the pipeline holds no adapter", hint="apply(pipe, folder) puts one in")
     if applied.attached is not None:
         detach(pipe, applied.attached)
-    if applied.adapter.trained == "lora":
+    if applied.adapter.has_lora:
         remove_lora(pipe)
     if applied.old_denoiser is not None:
         setattr(pipe, family(pipe).DENOISER, applied.old_denoiser)
@@ -293,12 +308,6 @@ def check_base(pipe: Any, adapter: Adapter) -> None:
         )
 
 
-def lora_file(folder: Path) -> Path:
-    return folder / WEIGHTS
-
-
 def hashes(pipe: Any) -> dict[str, str]:
     """sha-256 of every tensor of every network of the pipeline, new words and LoRA among them."""
-    from anabranch.train.touch import digest
-
     return {f"{part}.{name}": value for part, net in networks(pipe).items() for name, value in digest(net).items()}

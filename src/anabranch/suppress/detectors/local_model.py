@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a transformers model that lies in a folder: no download, no pickle, no code from the folder."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from anabranch.errors import UsageError
+
+
+def load_local(folder: Path, processor: str, model: str, what: str) -> tuple[Any, Any]:
+    """(processor, model in eval mode), by the names of transformers' auto classes."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"{folder}: {'this folder holds no config.json' if folder.is_dir() else 'there is no such folder'}",
+            expected=f"a folder with {what}, as save_pretrained of transformers writes it",
+            hint="models are never downloaded here; fetch it first and name its folder",
+        )
+    import transformers
+
+    try:
+        return (
+            getattr(transformers, processor).from_pretrained(folder, local_files_only=True),
+            getattr(transformers, model).from_pretrained(folder, local_files_only=True, use_safetensors=True).eval(),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"{folder} is not {what} that can be opened", received=first) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the weights: two folders with one fingerprint answer alike."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256 {digest.hexdigest()[:16]}"
