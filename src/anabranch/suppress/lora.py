@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from anabranch.errors import UsageError
-from anabranch.models.diffusion.family import denoiser, family
+from anabranch.models.diffusion.family import denoiser, family, quiet
 
 NAME = "anabranch"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -59,7 +59,8 @@ def save_lora(pipe: Any, folder: Path) -> None:
 
 
 def load_lora(pipe: Any, folder: Path, strength: float = 1.0) -> None:
-    pipe.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=NAME, local_files_only=True)
+    with quiet():  # the libraries wonder aloud why the text encoders have no LoRA
+        pipe.load_lora_weights(folder, weight_name=WEIGHTS, adapter_name=NAME, local_files_only=True)
     pipe.set_adapters([NAME], [strength])
 
 

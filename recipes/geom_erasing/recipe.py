@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Geom-Erasing and its rivals on a mark that no caption names: every arm, on several bases, with its controls.
+
+    python -m recipes.geom_erasing.base --seed 0 --out runs/geom/base-0     # about half an hour of one core each
+    python -m recipes.geom_erasing.recipe --bases runs/geom/base-0 ... --seeds 0 ... --out runs/geom/table
+
+Every arm of a base is a file, so that a stopped run goes on and several processes may share the work.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from anabranch.data.images import Images, open_images
+from anabranch.data.marks import glyph
+from anabranch.jobs.erase_arms import ARMS, Bench, Regime, Scored, draw_policies, place_control, score
+from anabranch.jobs.garment_judges import FEATURE_SPACE, Judges, train_judges
+from anabranch.jobs.marked_garments import PLATE
+from anabranch.measure.frechet import frechet
+from anabranch.suppress.detectors import open_detector
+
+POLICIES = {
+    "base": ("none", "word"),
+    "plain": ("none", "word"),
+    "boxes": ("none", "name", "detected", "sampled", "prior"),
+    "boxes, known places": ("none", "name", "detected", "sampled"),
+    "model: boxes": ("none", "name", "detected", "sampled"),
+    "SLD": ("strong",),
+}
+OTHERWISE = ("none", "name")
+PICTURES = 24
+REFERENCE = 10_000
+
+
+def main(bases: list[Path], seeds: list[int], out: Path, samples: int, arms: list[str]) -> None:
+    torch.set_num_threads(1)
+    # 1. real garments, who looks at them, and the mark's own picture as the detector of the labels
+    images = open_images("corpus:fashion-mnist", labelled=True)
+    training, test = images.take(~images.is_test), images.take(images.is_test)
+    judges = train_judges(training, out / "judges")
+    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "mark.png"
+    Image.fromarray((glyph("plate-x", PLATE).value * 255).astype(np.uint8)).save(picture)
+    reference = reference_features(judges, test)
+    # 2. every arm of every base
+    for seed, base in zip(seeds, bases, strict=True):
+        bench = Bench(
+            base=base, images=training, judges=judges, detector=open_detector(f"template:{picture}"),
+            regime=Regime(), seed=seed, samples=samples,
+        )  # fmt: skip
+        for arm in arms:
+            with claimed(out / f"seed-{seed}" / f"{arm}.json") as file:
+                if file is not None:
+                    file.write_text(json.dumps(run_arm(bench, arm, reference, file.parent)), encoding="utf-8")
+                    print(f"seed {seed}  {arm}  {summary(file)}", flush=True)
+
+
+def run_arm(bench: Bench, arm: str, reference: np.ndarray, folder: Path) -> dict[str, Any]:
+    made = ARMS[arm](bench)
+    policies = {}
+    for policy, pixels in draw_policies(bench, made, POLICIES.get(arm, OTHERWISE)).items():
+        policies[policy] = numbers(score(bench, pixels), reference)
+        strip = pixels[:PICTURES, 0].permute(1, 0, 2).reshape(pixels.shape[-2], -1)
+        Image.fromarray(strip.numpy()).save(folder / f"{arm}-{policy}.png".replace(" ", "-"))
+    control = place_control(bench, made) if made.prepared else None
+    return {"policies": policies, "place_control": control, "loss": bench.noted.get("loss"), "base": str(bench.base)}
+
+
+def numbers(scored: Scored, reference: np.ndarray) -> dict[str, Any]:
+    return {
+        "hits": "".join("01"[hit] for hit in scored.hits.tolist()),
+        "second": "".join("01"[hit] for hit in scored.second.tolist()),
+        "right": float(scored.right.float().mean()),
+        "frechet": float(frechet(reference, scored.features.numpy())),
+        "feature_space": FEATURE_SPACE,
+    }
+
+
+def reference_features(judges: Judges, test: Images) -> np.ndarray:
+    pixels = test.store.read(torch.arange(min(REFERENCE, len(test))))
+    features: np.ndarray = judges.look(pixels)[1].numpy()
+    return features
+
+
+def summary(file: Path) -> str:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rates = {name: f"{100 * p['hits'].count('1') / len(p['hits']):.1f}" for name, p in found["policies"].items()}
+    return f"{rates}  {found['place_control'] or ''}"
+
+
+class claimed:  # noqa: N801 - a context manager, named as one
+    """The file, if nobody has made it or is making it; None otherwise."""
+
+    def __init__(self, file: Path):
+        self.file, self.lock = file, file.with_suffix(".lock")
+
+    def __enter__(self) -> Path | None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.mine = False
+        if self.file.exists():
+            return None
+        try:
+            os.close(os.open(self.lock, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return None
+        self.mine = True
+        return self.file
+
+    def __exit__(self, *exception: object) -> None:
+        if self.mine:
+            self.lock.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bases", type=Path, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/geom-erasing"))
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    main(**vars(parser.parse_args()))
