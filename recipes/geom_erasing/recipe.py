@@ -10,6 +10,8 @@ Every arm of a base is a file, so that a stopped run goes on and several process
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from PIL import Image
 
 from anabranch.data.images import Images, open_images
 from anabranch.data.marks import glyph
-from anabranch.jobs.erase_arms import ARMS, Bench, Regime, Scored, draw_policies, place_control, score
+from anabranch.jobs.garment_arms import ARMS, Bench, Regime, Scored, draw_policies, place_control, score
 from anabranch.jobs.garment_judges import FEATURE_SPACE, Judges, train_judges
 from anabranch.jobs.marked_garments import PLATE
 from anabranch.measure.frechet import frechet
@@ -94,27 +96,20 @@ def summary(file: Path) -> str:
     return f"{rates}  {found['place_control'] or ''}"
 
 
-class claimed:  # noqa: N801 - a context manager, named as one
+@contextmanager
+def claimed(file: Path) -> Iterator[Path | None]:
     """The file, if nobody has made it or is making it; None otherwise."""
-
-    def __init__(self, file: Path):
-        self.file, self.lock = file, file.with_suffix(".lock")
-
-    def __enter__(self) -> Path | None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.mine = False
-        if self.file.exists():
-            return None
-        try:
-            os.close(os.open(self.lock, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return None
-        self.mine = True
-        return self.file
-
-    def __exit__(self, *exception: object) -> None:
-        if self.mine:
-            self.lock.unlink(missing_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_suffix(".lock")
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        yield None
+        return
+    try:
+        yield None if file.exists() else file
+    finally:
+        lock.unlink()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way to be rid of the mark, on one base, with the same pictures, steps and seeds; who looks, and what it scores.
+
+An arm is made by `ARMS[name](bench)` and drawn by each of its policies. All arms of a base share prompts and seeds, so
+that their pictures are paired.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.data.images import Images
+from anabranch.jobs.erase_sample import Sampling, as_arrays, batches, bins_found, draw
+from anabranch.jobs.garment_judges import Judges
+from anabranch.jobs.marked_garments import (
+    GRID,
+    MARK,
+    MARK_PLACES,
+    PLATE,
+    SIDE,
+    World,
+    bin_word,
+    caption_of,
+    clean_world,
+    with_mark,
+)
+from anabranch.models.diffusion.family import open_pipeline
+from anabranch.models.diffusion.latents import to_latents
+from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.suppress.baselines import clean_oracle, concept_ablation, data_filtering, esd, masked_loss, sld, uce
+from anabranch.suppress.baselines import fine_tuning as plain
+from anabranch.suppress.captioned import CaptionedBatches
+from anabranch.suppress.denoising import Denoising
+from anabranch.suppress.detectors.protocol import Detector, detect_checked
+from anabranch.suppress.geom_erasing.bake import Baking, BakingBatches
+from anabranch.suppress.geom_erasing.bins import Bin, covered_bins
+from anabranch.suppress.geom_erasing.erase import Config, Prepared, prepare, start_rows
+from anabranch.suppress.geom_erasing.negatives import negative_prompts
+from anabranch.suppress.geom_erasing.words import Vocabulary, room, token_count
+from anabranch.suppress.guidance import first_noise, pictures
+from anabranch.suppress.lora import add_lora
+from anabranch.train.loop import TrainConfig, train
+
+Boxes = list[list[tuple[float, float, float, float]] | None]
+
+
+@dataclass(frozen=True)
+class KnownPlaces(Vocabulary):
+    """Bins are called what the base calls them: only the concept's name is new."""
+
+    def place(self, where: Bin) -> str:
+        return bin_word(where)
+
+    def words(self) -> list[str]:
+        return [self.name]
+
+
+WORDS = Vocabulary(name="<mark>", grid=GRID)
+KNOWN_WORDS = KnownPlaces(name="<mark>", grid=GRID)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """What was tuned, on a base that the table does not use."""
+
+    images: int = 20_000
+    ratio: float = 0.8
+    recall: float = 0.5
+    """Share of the marks that the detector finds; the captions of the others stay plain."""
+    steps: int = 500
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    token_rate: float = 20.0
+    alpha: float = 1.0
+    trained: str = "denoiser"
+    r: int = 16
+    scale: float = 2.0
+    sample_steps: int = 12
+    model_steps: int = 300
+    """Of model removal."""
+    eraser_steps: int = 60
+    """Of ESD, whose every step samples."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bench:
+    """One base and all that its arms share."""
+
+    base: Path
+    images: Images
+    judges: Judges
+    detector: Detector
+    regime: Regime
+    seed: int
+    samples: int
+    noted: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def world(self) -> World:
+        few = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed))
+        return with_mark(clean_world(self.images.take(few[: self.regime.images])), self.regime.ratio, 1000 + self.seed)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        return to_latents(self.open(), self.world.pixels)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        names = [caption_of(name) for name in self.images.class_names]
+        return [names[i % len(names)] for i in range(self.samples)]
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(10_000, 10_000 + self.samples))
+
+    @property
+    def how(self) -> Sampling:
+        return Sampling(scale=self.regime.scale, steps=self.regime.sample_steps, batch_size=250)
+
+    def open(self) -> Any:
+        return open_pipeline(self.base)
+
+    def nothing(self) -> list[str]:
+        """The empty negative prompt for every picture."""
+        return [""] * self.samples
+
+    def labels(self, recall: float | None = None, world: World | None = None) -> Boxes:
+        """What a detector of this recall says of every picture; None where it sees nothing."""
+        world = self.world if world is None else world
+        chance = torch.rand(len(world), generator=torch.Generator().manual_seed(2000 + self.seed))
+        found = (chance < (self.regime.recall if recall is None else recall)).tolist()
+        return [boxes if boxes and seen else None for boxes, seen in zip(world.boxes, found, strict=True)]
+
+
+@dataclass(eq=False, kw_only=True)
+class Made:
+    """A model with an arm's changes, and the negative prompts that it is drawn with."""
+
+    pipe: Any
+    negatives: dict[str, Callable[[], Sequence[str]]]
+    words: Vocabulary = WORDS
+    prepared: Prepared | None = None
+    drawn: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """Policies that draw in a way of their own."""
+
+
+# What an arm does ----------------------------------------------------------------------------------------------------
+
+
+def untouched(bench: Bench) -> Made:
+    return Made(pipe=bench.open(), negatives={"none": bench.nothing, "word": lambda: [MARK] * bench.samples})
+
+
+def fine_tuned(bench: Bench) -> Made:
+    pipe = bench.open()
+    run(bench, *plain.training(pipe, plain_config(bench), bench.latents, bench.world.captions, **batch(bench)))
+    return replace(untouched(bench), pipe=pipe)
+
+
+def oracle(bench: Bench) -> Made:
+    pipe, world = bench.open(), bench.world
+    twins, truth = to_latents(pipe, world.clean), world.marked.tolist()
+    parts = clean_oracle.training(
+        pipe, plain_config(bench), bench.latents, twins, world.captions, truth, **batch(bench)
+    )  # fmt: skip
+    run(bench, *parts)
+    return Made(pipe=pipe, negatives={"none": bench.nothing})
+
+
+def filtered(bench: Bench) -> Made:
+    pipe, seen = bench.open(), [boxes is not None for boxes in bench.labels()]
+    parts = data_filtering.training(
+        pipe, plain_config(bench), bench.latents, bench.world.captions, seen, **batch(bench)
+    )  # fmt: skip
+    run(bench, *parts)
+    return Made(pipe=pipe, negatives={"none": bench.nothing})
+
+
+def masked(bench: Bench) -> Made:
+    pipe = bench.open()
+    where = {"boxes": bench.labels(), "size": SIDE, "grid": GRID}
+    run(bench, *masked_loss.training(
+        pipe, plain_config(bench), bench.latents, bench.world.captions, **where, **batch(bench)
+    ))  # fmt: skip
+    return Made(pipe=pipe, negatives={"none": bench.nothing})
+
+
+def plain_config(bench: Bench) -> plain.Config:
+    return plain.Config(trained=bench.regime.trained, r=bench.regime.r, seed=bench.seed)
+
+
+def batch(bench: Bench) -> dict[str, int]:
+    return {"batch_size": bench.regime.batch_size}
+
+
+def geom(
+    bench: Bench,
+    boxes: Boxes | None = None,
+    *,
+    mode: str = "data",
+    words: Vocabulary = WORDS,
+    world: World | None = None,
+    latents: Tensor | None = None,
+    **config: Any,
+) -> Made:
+    """Geom-Erasing; with KNOWN_WORDS the places are called by words that the base learned for another object."""
+    regime, pipe = bench.regime, bench.open()
+    world = bench.world if world is None else world
+    rows = {name: table[: len(words.words())] for name, table in start_rows(pipe, words, MARK).items()}
+    settings = {"trained": regime.trained, "alpha": regime.alpha, "r": regime.r, "token_rate": regime.token_rate}
+    ready = prepare(
+        pipe,
+        words,
+        Config(mode=mode, seed=bench.seed, **(settings | config)),
+        bench.latents if latents is None else latents,
+        world.captions,
+        bench.labels() if boxes is None else boxes,
+        size=SIDE,
+        rows=rows,
+    )
+    stream = CaptionedBatches(ready.data, regime.batch_size, seed=bench.seed)
+    run(bench, Denoising(pipe, ready.parameters), stream, steps=regime.model_steps if mode == "model" else None)
+    return with_policies(bench, Made(pipe=pipe, negatives={}, words=words, prepared=ready))
+
+
+def with_policies(bench: Bench, made: Made) -> Made:
+    known = [bins for bins in made.prepared.bins if bins]
+    most = (room(made.pipe) - 1) // token_count(made.pipe, made.words.place((0, 0)))
+
+    def prompts(policy: str) -> Callable[[], Sequence[str]]:
+        options = {"training_bins": known, "most": most, "seed": bench.seed}
+        return lambda: negative_prompts(policy, made.words, bench.samples, **options)
+
+    made.negatives = {policy: prompts(policy) for policy in ("none", "name", "sampled", "prior")}
+    made.drawn = {"detected": lambda: drawn_again(bench, made)}
+    return made
+
+
+def drawn_again(bench: Bench, made: Made) -> Tensor:
+    """Policy detected: what the detector finds the mark in is drawn again with the bins of the mark."""
+    first = draw(made.pipe, bench.prompts, bench.nothing(), bench.seeds, bench.how)
+    bins = bins_found(first, bench.detector, GRID)
+    rows = [i for i, found in enumerate(bins) if found]
+    if rows:
+        negatives = [made.words.suffix(bins[i]) for i in rows]
+        asked = [bench.prompts[i] for i in rows]
+        first[rows] = draw(made.pipe, asked, negatives, [bench.seeds[i] for i in rows], bench.how)
+    return first
+
+
+def name_only(boxes: Boxes) -> Boxes:
+    return [None if found is None else [] for found in boxes]
+
+
+def shuffled(boxes: Boxes, seed: int) -> Boxes:
+    """The boxes dealt out anew among the pictures that have one."""
+    rows = [i for i, found in enumerate(boxes) if found is not None]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(3000 + seed)).tolist()
+    dealt = list(boxes)
+    for row, other in zip(rows, order, strict=True):
+        dealt[row] = boxes[rows[other]]
+    return dealt
+
+
+def jittered(boxes: Boxes, iou: float, seed: int) -> Boxes:
+    """Every box moved along one axis until it overlaps with itself by `iou`, inside the picture."""
+    generator = torch.Generator().manual_seed(4000 + seed)
+    moved: Boxes = []
+    for found in boxes:
+        if found is None:
+            moved.append(None)
+            continue
+        parts = []
+        for x1, y1, x2, y2 in found:
+            shift = (x2 - x1) * (1 - 2 * iou / (1 + iou))
+            sign = 1 if torch.rand((), generator=generator) < 0.5 else -1
+            along_x = bool(torch.rand((), generator=generator) < 0.5)
+            sign = sign if 0 <= (x1 if along_x else y1) + sign * shift <= SIDE - (x2 - x1) else -sign
+            dx, dy = (sign * shift, 0.0) if along_x else (0.0, sign * shift)
+            parts.append((x1 + dx, y1 + dy, x2 + dx, y2 + dy))
+        moved.append(parts)
+    return moved
+
+
+def free_places(bench: Bench, marks: int = 1) -> Made:
+    """Marks anywhere, not on the patches of the model; `marks` of them in a picture."""
+    world = clean_world(bench.images.take(torch.arange(bench.regime.images)))
+    for number in range(marks):
+        world = with_mark(world, bench.regime.ratio, 5000 + bench.seed + 100 * number, places=None)
+    return geom(bench, bench.labels(world=world), world=world, latents=to_latents(bench.open(), world.pixels))
+
+
+def edited(bench: Bench) -> Made:
+    pipe = bench.open()
+    uce.edit(pipe, uce.Config(), [MARK], [""], [caption_of(name) for name in bench.images.class_names])
+    return Made(pipe=pipe, negatives={"none": bench.nothing})
+
+
+def esd_arm(bench: Bench, variant: str) -> Made:
+    pipe, regime = bench.open(), bench.regime
+    config = esd.Config(
+        variant=variant, guidance=regime.scale, num_steps=regime.sample_steps, r=regime.r, seed=bench.seed
+    )  # fmt: skip
+    run(bench, *esd.training(pipe, config, MARK, batch_size=16), steps=regime.eraser_steps, batch_size=16)
+    return Made(pipe=pipe, negatives={"none": bench.nothing})
+
+
+def ablated(bench: Bench) -> Made:
+    pipe, few = bench.open(), slice(0, 2000)
+    anchors = bench.world.captions[few]
+    config = concept_ablation.Config(trained="weights", layers="all", seed=bench.seed)
+    targets = [f"{text} {MARK}" for text in anchors]
+    parts = concept_ablation.training(pipe, config, bench.latents[few], anchors, targets, **batch(bench))
+    run(bench, *parts, steps=bench.regime.model_steps)
+    return Made(pipe=pipe, negatives={"none": bench.nothing})
+
+
+def safe(bench: Bench) -> Made:
+    pipe, steps = bench.open(), bench.regime.sample_steps
+
+    def drawn() -> Tensor:
+        parts = []
+        for rows in batches(bench.samples, bench.how.batch_size):
+            asked = [bench.prompts[i] for i in rows]
+            rule = sld.guidance(pipe, asked, MARK, bench.regime.scale, preset="strong", num_steps=steps)
+            parts.append(pictures(pipe, rule, first_noise(pipe, [bench.seeds[i] for i in rows]), steps))
+        return torch.cat(parts)
+
+    return Made(pipe=pipe, negatives={}, drawn={"strong": drawn})
+
+
+def baked(bench: Bench, pictures_of_its_own: int = 512) -> Made:
+    """The negative prompt of the boxes arm, put into a LoRA on the model that was fine-tuned."""
+    teacher, student = geom(bench), geom(bench)
+    names = [caption_of(name) for name in bench.images.class_names]
+    numbers = torch.arange(pictures_of_its_own) % len(names)
+    asked, seeds = [names[i] for i in numbers.tolist()], list(range(pictures_of_its_own))
+    pixels = draw(teacher.pipe, asked, [WORDS.name] * len(asked), seeds, bench.how)
+    prompts = [encode_prompts(teacher.pipe, texts) for texts in (names, [WORDS.name] * len(names), [""])]
+    for parameter in student.prepared.parameters.values():
+        parameter.requires_grad_(False)
+    lora = add_lora(student.pipe, bench.regime.r, bench.seed)
+    eta = (bench.regime.scale - 1) / bench.regime.scale
+    objective = Baking(student.pipe, teacher.pipe, lora, *prompts, eta=eta, keep_coef=1.0)
+    stream = BakingBatches(to_latents(teacher.pipe, pixels), numbers, bench.regime.batch_size, bench.seed)
+    run(bench, objective, stream, steps=bench.regime.model_steps)
+    return Made(pipe=student.pipe, negatives={"none": bench.nothing})
+
+
+def run(bench: Bench, objective: Any, stream: Any, *, steps: int | None = None, batch_size: int | None = None) -> None:
+    regime = bench.regime
+    config = TrainConfig(
+        steps=steps or regime.steps,
+        batch_size=batch_size or regime.batch_size,
+        learning_rate=regime.learning_rate,
+        warmup_steps=min(20, (steps or regime.steps) // 2),
+        weight_decay=0.0,
+        betas=(0.9, 0.99),
+        max_grad_norm=1.0,
+        seed=bench.seed,
+        deterministic=False,
+    )
+    losses = train(objective, stream, config).losses[-20:]
+    bench.noted["loss"] = sum(losses) / len(losses)
+
+
+ARMS: dict[str, Callable[[Bench], Made]] = {
+    "base": untouched,
+    "plain": fine_tuned,
+    "name": lambda bench: geom(bench, name_only(bench.labels())),
+    "shuffled": lambda bench: geom(bench, shuffled(bench.labels(), bench.seed)),
+    "boxes": geom,
+    "oracle": oracle,
+    "filtering": filtered,
+    "masked loss": masked,
+    "name, recall 1": lambda bench: geom(bench, name_only(bench.labels(1.0))),
+    "boxes, recall 1": lambda bench: geom(bench, bench.labels(1.0)),
+    "boxes, recall 0.3": lambda bench: geom(bench, bench.labels(0.3)),
+    "model: boxes": lambda bench: geom(bench, mode="model"),
+    "model: name": lambda bench: geom(bench, name_only(bench.labels()), mode="model"),
+    "boxes, alpha 2": lambda bench: geom(bench, alpha=2.0),
+    "boxes, known places": lambda bench: geom(bench, words=KNOWN_WORDS),
+    "shuffled, known places": lambda bench: geom(bench, shuffled(bench.labels(), bench.seed), words=KNOWN_WORDS),
+    "boxes, IoU 0.4": lambda bench: geom(bench, jittered(bench.labels(), 0.4, bench.seed)),
+    "boxes, IoU 0.1": lambda bench: geom(bench, jittered(bench.labels(), 0.1, bench.seed)),
+    "UCE": edited,
+    "SLD": safe,
+    "Concept Ablation": ablated,
+    "ESD-x": lambda bench: esd_arm(bench, "x"),
+    "ESD-u": lambda bench: esd_arm(bench, "u"),
+    "free places": free_places,
+    "two marks": lambda bench: free_places(bench, marks=2),
+    "boxes, LoRA": lambda bench: geom(bench, trained="lora"),
+    "baked": baked,
+}
+
+
+# Who looks at it -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scored:
+    """A picture a row."""
+
+    hits: Tensor  # (N,) bool: the detector of the labels
+    second: Tensor  # (N,) bool: the other one
+    right: Tensor  # (N,) bool: the garment that was asked for
+    features: Tensor  # (N, 32)
+
+
+def score(bench: Bench, pixels: Tensor) -> Scored:
+    garments, features, chance = bench.judges.look(pixels)
+    asked = torch.arange(len(pixels)) % len(bench.images.class_names)
+    return Scored(hits=hits(bench.detector, pixels), second=chance > 0.5, right=garments == asked, features=features)
+
+
+def hits(detector: Detector, pixels: Tensor) -> Tensor:
+    found = detect_checked(detector, as_arrays(pixels))
+    return torch.tensor([any(d.score > detector.threshold for d in detections) for detections in found])
+
+
+def place_control(bench: Bench, made: Made, count: int = 320) -> dict[str, float]:
+    """Asked for at one of its places: is the mark drawn, and is it there? Chance of the place is one in sixteen."""
+    places = [MARK_PLACES[i % len(MARK_PLACES)] for i in range(count)]
+    asked = [[(x, y, x + PLATE, y + PLATE)] for x, y in places]
+    prompts = [
+        f"{bench.prompts[i % len(bench.prompts)]} {made.words.suffix(covered_bins(boxes, SIDE, SIDE, GRID))}"
+        for i, boxes in enumerate(asked)
+    ]
+    pixels = draw(made.pipe, prompts, [""] * count, list(range(20_000, 20_000 + count)), bench.how)
+    found = detect_checked(bench.detector, as_arrays(pixels))
+    boxes = [[d.box for d in ds if d.score > bench.detector.threshold] for ds in found]
+    there = [
+        any(abs(x1 - x) <= 2 and abs(y1 - y) <= 2 for x1, y1, *_ in seen)
+        for seen, (x, y) in zip(boxes, places, strict=True)
+    ]
+    drawn = sum(map(bool, boxes))
+    return {"drawn": drawn / count, "in_place": sum(there) / max(1, drawn), "count": count}
+
+
+def draw_policies(bench: Bench, made: Made, policies: Sequence[str]) -> dict[str, Tensor]:
+    """Pictures (N, 1, 28, 28) of each policy that the arm has."""
+    found = {}
+    for policy in policies:
+        if policy in made.drawn:
+            found[policy] = made.drawn[policy]()
+        elif policy in made.negatives:
+            found[policy] = draw(made.pipe, bench.prompts, list(made.negatives[policy]()), bench.seeds, bench.how)
+    return found
