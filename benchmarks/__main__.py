@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 HELP_BAR = 0.2
-SIZE_BAR = 6.0
+SIZE_BAR = 8.0
 
 
 def processor_seconds(command: list[str]) -> float:
@@ -49,7 +49,7 @@ def size() -> None:
 def main() -> None:
     start_up()
     size()
-    from benchmarks import clustering, mixture, subnets
+    from benchmarks import clustering, erasing, mixture, subnets
 
     print("\nmixture layer")
     mixture.main()
@@ -57,6 +57,8 @@ def main() -> None:
     clustering.main()
     print("\nsub-nets")
     subnets.main()
+    print("\nerasing")
+    erasing.main()
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from anabranch.suppress.detectors import open_detector
 POLICIES = {
     "base": ("none", "word"),
     "plain": ("none", "word"),
+    "plain, long": ("none",),
     "boxes": ("none", "name", "detected", "sampled", "prior"),
-    "boxes, known places": ("none", "name", "detected", "sampled"),
     "model: boxes": ("none", "name", "detected", "sampled"),
+    "new places, long": ("none", "name", "detected"),
     "SLD": ("strong",),
 }
 OTHERWISE = ("none", "name")

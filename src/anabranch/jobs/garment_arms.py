@@ -39,9 +39,9 @@ from anabranch.suppress.denoising import Denoising
 from anabranch.suppress.detectors.protocol import Detector, detect_checked
 from anabranch.suppress.geom_erasing.bake import Baking, BakingBatches
 from anabranch.suppress.geom_erasing.bins import Bin, covered_bins
-from anabranch.suppress.geom_erasing.erase import Config, Prepared, prepare, start_rows
+from anabranch.suppress.geom_erasing.erase import Config, Prepared, most_bins, prepare, start_rows
 from anabranch.suppress.geom_erasing.negatives import negative_prompts
-from anabranch.suppress.geom_erasing.words import Vocabulary, room, token_count
+from anabranch.suppress.geom_erasing.words import Vocabulary
 from anabranch.suppress.guidance import first_noise, pictures
 from anabranch.suppress.lora import add_lora
 from anabranch.train.loop import TrainConfig, train
@@ -60,7 +60,7 @@ class KnownPlaces(Vocabulary):
         return [self.name]
 
 
-WORDS = Vocabulary(name="<mark>", grid=GRID)
+NEW_WORDS = Vocabulary(name="<mark>", grid=GRID)
 KNOWN_WORDS = KnownPlaces(name="<mark>", grid=GRID)
 
 
@@ -72,16 +72,18 @@ class Regime:
     ratio: float = 0.8
     recall: float = 0.5
     """Share of the marks that the detector finds; the captions of the others stay plain."""
-    steps: int = 500
-    batch_size: int = 32
+    steps: int = 250
+    long_steps: int = 700
+    """Of arms with places that are new to the base: they are learned in this time, and not in the other."""
+    batch_size: int = 64
     learning_rate: float = 1e-3
-    token_rate: float = 20.0
+    token_rate: float = 10.0
     alpha: float = 1.0
     trained: str = "denoiser"
     r: int = 16
     scale: float = 2.0
     sample_steps: int = 12
-    model_steps: int = 300
+    model_steps: int = 150
     """Of model removal."""
     eraser_steps: int = 60
     """Of ESD, whose every step samples."""
@@ -143,7 +145,7 @@ class Made:
 
     pipe: Any
     negatives: dict[str, Callable[[], Sequence[str]]]
-    words: Vocabulary = WORDS
+    words: Vocabulary = KNOWN_WORDS
     prepared: Prepared | None = None
     drawn: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     """Policies that draw in a way of their own."""
@@ -203,12 +205,13 @@ def geom(
     boxes: Boxes | None = None,
     *,
     mode: str = "data",
-    words: Vocabulary = WORDS,
+    words: Vocabulary = KNOWN_WORDS,
+    steps: int | None = None,
     world: World | None = None,
     latents: Tensor | None = None,
     **config: Any,
 ) -> Made:
-    """Geom-Erasing; with KNOWN_WORDS the places are called by words that the base learned for another object."""
+    """Geom-Erasing, the places called by words that the base learned for another object; or by new ones (NEW_WORDS)."""
     regime, pipe = bench.regime, bench.open()
     world = bench.world if world is None else world
     rows = {name: table[: len(words.words())] for name, table in start_rows(pipe, words, MARK).items()}
@@ -224,13 +227,18 @@ def geom(
         rows=rows,
     )
     stream = CaptionedBatches(ready.data, regime.batch_size, seed=bench.seed)
-    run(bench, Denoising(pipe, ready.parameters), stream, steps=regime.model_steps if mode == "model" else None)
+    run(
+        bench,
+        Denoising(pipe, ready.parameters),
+        stream,
+        steps=steps or (regime.model_steps if mode == "model" else None),
+    )
     return with_policies(bench, Made(pipe=pipe, negatives={}, words=words, prepared=ready))
 
 
 def with_policies(bench: Bench, made: Made) -> Made:
     known = [bins for bins in made.prepared.bins if bins]
-    most = (room(made.pipe) - 1) // token_count(made.pipe, made.words.place((0, 0)))
+    most = most_bins(made.pipe, made.words)
 
     def prompts(policy: str) -> Callable[[], Sequence[str]]:
         options = {"training_bins": known, "most": most, "seed": bench.seed}
@@ -292,7 +300,8 @@ def free_places(bench: Bench, marks: int = 1) -> Made:
     world = clean_world(bench.images.take(torch.arange(bench.regime.images)))
     for number in range(marks):
         world = with_mark(world, bench.regime.ratio, 5000 + bench.seed + 100 * number, places=None)
-    return geom(bench, bench.labels(world=world), world=world, latents=to_latents(bench.open(), world.pixels))
+    options = {"world": world, "latents": to_latents(bench.open(), world.pixels), "words": NEW_WORDS}
+    return geom(bench, bench.labels(world=world), **options, steps=bench.regime.long_steps)
 
 
 def edited(bench: Bench) -> Made:
@@ -340,8 +349,8 @@ def baked(bench: Bench, pictures_of_its_own: int = 512) -> Made:
     names = [caption_of(name) for name in bench.images.class_names]
     numbers = torch.arange(pictures_of_its_own) % len(names)
     asked, seeds = [names[i] for i in numbers.tolist()], list(range(pictures_of_its_own))
-    pixels = draw(teacher.pipe, asked, [WORDS.name] * len(asked), seeds, bench.how)
-    prompts = [encode_prompts(teacher.pipe, texts) for texts in (names, [WORDS.name] * len(names), [""])]
+    pixels = draw(teacher.pipe, asked, [KNOWN_WORDS.name] * len(asked), seeds, bench.how)
+    prompts = [encode_prompts(teacher.pipe, texts) for texts in (names, [KNOWN_WORDS.name] * len(names), [""])]
     for parameter in student.prepared.parameters.values():
         parameter.requires_grad_(False)
     lora = add_lora(student.pipe, bench.regime.r, bench.seed)
@@ -369,6 +378,14 @@ def run(bench: Bench, objective: Any, stream: Any, *, steps: int | None = None, 
     bench.noted["loss"] = sum(losses) / len(losses)
 
 
+def long_plain(bench: Bench) -> Made:
+    return fine_tuned(replace(bench, regime=replace(bench.regime, steps=bench.regime.long_steps)))
+
+
+def new_places(bench: Bench, boxes: Boxes | None = None, steps: int | None = None) -> Made:
+    return geom(bench, boxes, words=NEW_WORDS, steps=steps or bench.regime.long_steps)
+
+
 ARMS: dict[str, Callable[[Bench], Made]] = {
     "base": untouched,
     "plain": fine_tuned,
@@ -380,23 +397,25 @@ ARMS: dict[str, Callable[[Bench], Made]] = {
     "masked loss": masked,
     "name, recall 1": lambda bench: geom(bench, name_only(bench.labels(1.0))),
     "boxes, recall 1": lambda bench: geom(bench, bench.labels(1.0)),
-    "boxes, recall 0.3": lambda bench: geom(bench, bench.labels(0.3)),
     "model: boxes": lambda bench: geom(bench, mode="model"),
     "model: name": lambda bench: geom(bench, name_only(bench.labels()), mode="model"),
-    "boxes, alpha 2": lambda bench: geom(bench, alpha=2.0),
-    "boxes, known places": lambda bench: geom(bench, words=KNOWN_WORDS),
-    "shuffled, known places": lambda bench: geom(bench, shuffled(bench.labels(), bench.seed), words=KNOWN_WORDS),
-    "boxes, IoU 0.4": lambda bench: geom(bench, jittered(bench.labels(), 0.4, bench.seed)),
-    "boxes, IoU 0.1": lambda bench: geom(bench, jittered(bench.labels(), 0.1, bench.seed)),
+    "new places, long": new_places,
+    "plain, long": long_plain,
     "UCE": edited,
     "SLD": safe,
     "Concept Ablation": ablated,
     "ESD-x": lambda bench: esd_arm(bench, "x"),
     "ESD-u": lambda bench: esd_arm(bench, "u"),
+    "boxes, IoU 0.4": lambda bench: geom(bench, jittered(bench.labels(), 0.4, bench.seed)),
+    "boxes, IoU 0.1": lambda bench: geom(bench, jittered(bench.labels(), 0.1, bench.seed)),
+    "boxes, alpha 2": lambda bench: geom(bench, alpha=2.0),
+    "baked": baked,
+    "boxes, recall 0.3": lambda bench: geom(bench, bench.labels(0.3)),
+    "new places": lambda bench: new_places(bench, steps=bench.regime.steps),
+    "shuffled, new places, long": lambda bench: new_places(bench, shuffled(bench.labels(), bench.seed)),
     "free places": free_places,
     "two marks": lambda bench: free_places(bench, marks=2),
     "boxes, LoRA": lambda bench: geom(bench, trained="lora"),
-    "baked": baked,
 }
 
 

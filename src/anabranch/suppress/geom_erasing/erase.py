@@ -90,7 +90,7 @@ def prepare(
         rows = start_rows(pipe, vocabulary, word)
     attached = attach(pipe, vocabulary.words(), rows, config.token_rate)
     bins = [None if b is None else covered_bins(b, size, size, vocabulary.grid) for b in boxes]
-    most = room(pipe) - token_count(pipe, vocabulary.name)
+    most = most_bins(pipe, vocabulary)
     named = [None if b is None else fitted(b, most) for b in bins]
     prompts = [amended(pipe, vocabulary, text, b) for text, b in zip(captions, named, strict=True)]
     bare = ["" if b is None else vocabulary.suffix(b) for b in named]
@@ -106,6 +106,12 @@ def prepare(
         coarsened=sum(b is not None and len(b) != len(n) for b, n in zip(bins, named, strict=True)),
         cut=sum(b is not None and not p.startswith(c) for c, p, b in zip(captions, prompts, named, strict=True)),
     )
+
+
+def most_bins(pipe: Any, vocabulary: Vocabulary) -> int:
+    """How many places fit into a prompt beside the concept's name."""
+    a_place = token_count(pipe, vocabulary.place(vocabulary.grid.bins()[0]))
+    return (room(pipe) - token_count(pipe, vocabulary.name)) // a_place
 
 
 def start_rows(pipe: Any, vocabulary: Vocabulary, word: str = "") -> dict[str, Tensor]:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe's table, from what `recipe.py` left: one row an arm and policy, bases in columns, contract at the end.
+
+python -m recipes.geom_erasing.table runs/geom-erasing
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.jobs.garment_arms import ARMS
+from anabranch.measure.concept_ratio import mcnemar, paired_difference, wilson
+from anabranch.measure.intervals import interval
+
+MUST = 0.6
+"""ICR(boxes) over that of name only and of shuffled boxes, at most."""
+
+
+def main(out: Path) -> None:
+    seeds = sorted(int(folder.name.removeprefix("seed-")) for folder in out.glob("seed-*"))
+    found = {seed: {file.stem: read(file) for file in (out / f"seed-{seed}").glob("*.json")} for seed in seeds}
+    print(f"ICR in %, n = {count(found)} pictures a base and row; bases {', '.join(map(str, seeds))}\n")
+    heads = [*(f"base {seed}" for seed in seeds), "mean", "other detector", "right garment", "Frechet"]
+    print(row(["arm", "negative", *heads, "mark at the place asked for"]))
+    print(row(["---"] * (4 + len(heads) - 1)))
+    for arm in ARMS:
+        for policy in policies(found, arm):
+            print(row([arm, policy, *cells(found, seeds, arm, policy)]))
+    print()
+    for line in contract(found, seeds):
+        print(f"* {line}")
+
+
+def read(file: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return loaded
+
+
+def count(found: dict[int, Any]) -> int:
+    return len(next(iter(next(iter(next(iter(found.values())).values()))["policies"].values()))["hits"])
+
+
+def policies(found: dict[int, Any], arm: str) -> list[str]:
+    return list(next((arms[arm]["policies"] for arms in found.values() if arm in arms), {}))
+
+
+def bits(found: dict[int, Any], seed: int, arm: str, policy: str, which: str = "hits") -> np.ndarray | None:
+    if arm not in found[seed]:
+        return None
+    return np.array([int(bit) for bit in found[seed][arm]["policies"][policy][which]])
+
+
+def cells(found: dict[int, Any], seeds: list[int], arm: str, policy: str) -> list[str]:
+    hits = [bits(found, seed, arm, policy) for seed in seeds]
+    rates = ["–" if h is None else percent(h) for h in hits]
+    known = [found[seed][arm] for seed in seeds if arm in found[seed]]
+    second = [100 * bits(found, seed, arm, policy, "second").mean() for seed in seeds if arm in found[seed]]
+    right = [100 * arms["policies"][policy]["right"] for arms in known]
+    distance = [arms["policies"][policy]["frechet"] for arms in known]
+    control = [arms["place_control"] for arms in known if arms["place_control"]]
+    there = [f"{100 * c['drawn']:.0f} / {100 * c['in_place']:.0f}" for c in control] if policy == "none" else []
+    means = [100 * h.mean() for h in hits if h is not None]
+    return [*rates, spread(means), spread(second), spread(right), spread(distance, 2), ", ".join(there) or "–"]
+
+
+def percent(hits: np.ndarray) -> str:
+    rate = wilson(int(hits.sum()), len(hits))
+    return f"{100 * rate.rate:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """The mean over bases with its interval; alone while there are fewer than three."""
+    if len(values) < 3:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
+    found = interval(values)
+    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def contract(found: dict[int, Any], seeds: list[int]) -> list[str]:
+    """What was asked for before the table was made, base by base."""
+    lines = []
+    for seed in seeds:
+        if not {"boxes", "name", "shuffled", "plain"} <= found[seed].keys():
+            continue
+        control = found[seed]["boxes"]["place_control"]
+        boxes, name, deal = (bits(found, seed, arm, "name") for arm in ("boxes", "name", "shuffled"))
+        plain, word = (bits(found, seed, "plain", policy) for policy in ("none", "word"))
+        right = [found[seed][arm]["policies"][p]["right"] for arm, p in (("boxes", "name"), ("plain", "none"))]
+        checks = {
+            f"place control {control['drawn']:.2f} drawn, {control['in_place']:.2f} in place": min(
+                control["drawn"], control["in_place"]
+            )
+            >= 0.9,
+            f"boxes / name only {boxes.mean() / name.mean():.2f} (p = {mcnemar(name, boxes):.1e})": boxes.mean()
+            <= MUST * name.mean(),
+            f"boxes / shuffled {boxes.mean() / deal.mean():.2f} (p = {mcnemar(deal, boxes):.1e})": boxes.mean()
+            <= MUST * deal.mean(),
+            f"the untrained word {100 * (word.mean() - plain.mean()):+.1f} points": word.mean() >= plain.mean() - 0.06,
+            f"right garment {100 * (right[0] - right[1]):+.1f} points": right[0] >= right[1] - 0.05,
+        }
+        said = "; ".join(f"{what}: {'holds' if holds else '**does not hold**'}" for what, holds in checks.items())
+        gain = paired_difference(name, boxes)
+        lines.append(f"base {seed}: {said}; paired gain of boxes over the name {100 * gain.difference:+.1f} points "
+                     f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]")  # fmt: skip
+    return lines
+
+
+def row(values: list[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
