@@ -3,6 +3,9 @@
 
 from typing import Any
 
+from anabranch.models.diffusion.family import family
+from anabranch.suppress.geom_erasing.adapter import READY
+
 STOCK = """\
 ```python
 import diffusers
@@ -20,9 +23,25 @@ from anabranch.suppress.geom_erasing.adapter import apply, remove
 
 pipe = open_pipeline("{model}")
 applied = apply(pipe, "{folder}", policy="{policy}")
-image = pipe("...", guidance_scale=7.5, **applied.arguments(own="blurry")).images[0]
+negative = applied.arguments()  # own="blurry": what you do not want besides
+{call}
 remove(pipe)  # bit for bit the pipeline from before
 ```
+"""
+BAKED = """\
+# Less {concept}, without a negative prompt
+
+A LoRA distilled from an adapter of Geom-Erasing (policy {policy}, eta {eta:g}, {steps} steps).
+
+```python
+import diffusers
+
+pipe = diffusers.DiffusionPipeline.from_pretrained("{model}"{absent})
+pipe.load_lora_weights("{folder}")
+image = pipe("..."{length}).images[0]
+```
+
+Erasing makes accidental output rarer; it is no security barrier. The words that stand for the concept are not in here.
 """
 SAFETY = """\
 Erasing makes accidental output rarer; it is no security barrier. The learned words are also a handle that *produces*
@@ -30,22 +49,20 @@ the concept (`{name} <l_0_0>` in a positive prompt), and attacks recover most er
 measures them. Removing other people's marks from pictures is a different act and no purpose of this.
 """
 CALLS = {
-    "stable_diffusion": (
-        'image = pipe("...", guidance_scale=7.5, negative_prompt_embeds=negative["{policy}"]).images[0]'
-    ),
+    "stable_diffusion": 'image = pipe("...", guidance_scale=7.5, {negative}).images[0]',
     "stable_diffusion_xl": (
         'embeds, _, pooled, _ = pipe.encode_prompt("...", do_classifier_free_guidance=False)\n'
         "image = pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, guidance_scale=7.5,\n"
-        '             negative_prompt_embeds=negative["{policy}"],\n'
-        '             negative_pooled_prompt_embeds=negative["{policy}.pooled"]).images[0]'
+        "             {negative}).images[0]"
     ),
     "stable_diffusion_3": (
         'embeds, _, pooled, _ = pipe.encode_prompt("...", None, None, do_classifier_free_guidance=False{length})\n'
         "image = pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, guidance_scale=7.5,\n"
-        '             negative_prompt_embeds=negative["{policy}"],\n'
-        '             negative_pooled_prompt_embeds=negative["{policy}.pooled"]).images[0]'
+        "             {negative}).images[0]"
     ),
 }
+READY_NEGATIVE = 'negative_prompt_embeds=negative["{policy}"]'
+POOLED_NEGATIVE = ',\n             negative_pooled_prompt_embeds=negative["{policy}.pooled"]'
 WEIGHTS = {
     "lora": 'pipe.load_lora_weights("{folder}")\n',
     "denoiser": 'pipe.{network} = type(pipe.{network}).from_pretrained("{folder}/denoiser")\n',
@@ -55,22 +72,13 @@ WEIGHTS = {
 
 def adapter_card(pipe: Any, facts: dict[str, Any], folder: str = "path/to/this/folder") -> str:
     kind = facts["family"]
-    missing = kind == "stable_diffusion_3" and pipe.text_encoder_3 is None
-    policy = facts["policy"] if facts["policy"] in ("name", "prior", "all") else "name"
-    length = ""
-    if missing:
-        from anabranch.models.diffusion.stable_diffusion_3 import t5_length
-
-        length = f", max_sequence_length={t5_length(pipe)}"
-    network = "unet" if kind != "stable_diffusion_3" else "transformer"
-    filled = {"folder": folder, "model": facts["model"], "policy": policy, "length": length, "network": network}
-    stock = STOCK.format(
-        **filled | {
-            "absent": ", text_encoder_3=None" if missing else "",
-            "weights": WEIGHTS[facts["trained"]].format(**filled),
-            "call": CALLS[kind].format(**filled),
-        }
-    )  # fmt: skip
+    policy = facts["policy"] if facts["policy"] in READY else "name"
+    filled = {"folder": folder, "policy": policy, "network": family(pipe).DENOISER, **opening(pipe, facts)}
+    ready = READY_NEGATIVE if kind == "stable_diffusion" else READY_NEGATIVE + POOLED_NEGATIVE
+    calls = [CALLS[kind].format(**filled, negative=given) for given in (ready.format(**filled), "**negative")]
+    weights = WEIGHTS[facts["trained"]].format(**filled)
+    stock = STOCK.format(**filled, weights=weights, call=calls[0])
+    ours = OURS.format(**filled, call=calls[1])
     rows = [
         ("base model", f"`{facts['model']}`, fingerprint `{facts['base']}`"),
         ("mode, trained", f"{facts['mode']} removal, {facts['trained']}"),
@@ -85,5 +93,21 @@ def adapter_card(pipe: Any, facts: dict[str, Any], folder: str = "path/to/this/f
         f"An adapter for a diffusion model that draws {facts['concept']} unasked (Geom-Erasing, arXiv 2310.05873).\n\n"
         f"| | |\n| --- | --- |\n{table}\n{warnings}\n"
         f"With diffusers alone:\n\n{stock}\nWith anabranch, all policies and an exact undo:\n\n"
-        f"{OURS.format(**filled)}\n{SAFETY.format(name=facts['name'])}"
+        f"{ours}\n{SAFETY.format(name=facts['name'])}"
     )
+
+
+def baked_card(pipe: Any, facts: dict[str, Any], folder: str = "path/to/this/folder") -> str:
+    named = {name: facts[name] for name in ("concept", "eta", "steps")}
+    return BAKED.format(folder=folder, policy=facts["baked_policy"], **named, **opening(pipe, facts))
+
+
+def opening(pipe: Any, facts: dict[str, Any]) -> dict[str, str]:
+    """What the stock pipeline has to be told when it is opened, and about the length of a prompt."""
+    absent = "".join(f", {name}=None" for _, name in family(pipe).ENCODERS if getattr(pipe, name, None) is None)
+    length = ""
+    if facts["family"] == "stable_diffusion_3":
+        from anabranch.models.diffusion.stable_diffusion_3 import T5_LENGTH, t5_length
+
+        length = "" if t5_length(pipe) == T5_LENGTH else f", max_sequence_length={t5_length(pipe)}"
+    return {"model": facts["model"], "absent": absent, "length": length}

@@ -3,8 +3,9 @@
 
 import inspect
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,22 @@ from torch import Tensor
 
 from anabranch.data.streams import derived_seed
 from anabranch.errors import UsageError
+from anabranch.jobs.erase_checks import open_adapter, open_model
 from anabranch.jobs.erase_settings import SampleSettings
 from anabranch.jobs.stages import say
 from anabranch.models.diffusion.conditioning import Conditioning
-from anabranch.models.diffusion.family import image_side, open_pipeline
+from anabranch.models.diffusion.family import image_side
 from anabranch.models.diffusion.latents import to_pixels
 from anabranch.models.diffusion.prompts import encode_prompts
 from anabranch.suppress.detectors import contains, detect_checked, open_detector
 from anabranch.suppress.detectors.protocol import Detector
-from anabranch.suppress.geom_erasing.adapter import Applied, apply
+from anabranch.suppress.geom_erasing.adapter import Applied
 from anabranch.suppress.geom_erasing.bins import Bin, Grid, covered_bins
+from anabranch.suppress.geom_erasing.words import room, token_count
 from anabranch.suppress.guidance import Guidance, Negative, ThreeBranch, check_guidance, first_noise, sample
 from anabranch.train.publish import publish_folder
+
+RESULT = "samples.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,59 +132,149 @@ def sampling_of(pipe: Any, settings: Any, **more: Any) -> Sampling:
     """The pipeline's own scale and steps where none were given."""
     defaults = inspect.signature(type(pipe).__call__).parameters
     scale, steps = settings.guidance, settings.steps
-    return Sampling(
+    how = Sampling(
         scale=float(defaults["guidance_scale"].default if scale is None else scale),
         steps=int(defaults["num_inference_steps"].default if steps is None else steps),
         batch_size=settings.batch_size,
         **more,
     )
+    check_sampling(how)
+    return how
+
+
+def check_sampling(how: Sampling) -> None:
+    away = how.negative_scale
+    start, end = how.window
+    for name, fine, expected, received in (
+        ("guidance", 0 <= how.scale < math.inf, "a number from 0; above 1 for a negative prompt", how.scale),
+        ("steps", how.steps >= 1, "at least 1", how.steps),
+        ("batch_size", how.batch_size >= 1, "at least 1", how.batch_size),
+        ("negative_scale", away is None or 0 < away < math.inf, "a number above 0, or none", away),
+        ("window", 0 <= start < end <= 1, "two shares of the run, the first below the second", [start, end]),
+    ):
+        if not fine:
+            raise UsageError(
+                f"{name} cannot be used", expected=expected, received=received, hint=f"leave {name} out for the default"
+            )
 
 
 def erase_sample(settings: SampleSettings) -> list[dict[str, Any]]:
-    """Write settings.out, pictures and metadata.jsonl; returns its rows."""
-    if not settings.prompt or settings.count < 1:
-        raise UsageError("nothing to draw", expected="--prompt TEXT ..., and a --count of at least 1")
-    pipe = open_pipeline(settings.model)
+    """Write settings.out: pictures, metadata.jsonl and samples.json; returns the rows of metadata.jsonl."""
+    check_request(settings)
+    refuse_other_results(settings.out)
+    pipe = open_model(settings.model)
     how = sampling_of(pipe, settings, negative_scale=settings.negative_scale, window=settings.window)
+    applied = None if settings.adapter is None else open_adapter(pipe, settings.adapter, strength=settings.strength)
+    policy = "none" if applied is None else settings.policy or applied.policy
+    refuse_no_ops(settings, policy)
+    if policy != "none" or settings.negative:
+        check_guidance(pipe, how.scale)
+    detector = None
+    if applied is not None and policy == "detected":
+        detector = open_detector(
+            settings.detector, concept=str(applied.adapter.config["concept"]), threshold=settings.threshold
+        )
+    warn_of_length(pipe, settings)
     prompts = [prompt for prompt in settings.prompt for _ in range(settings.count)]
     seeds = [derived_seed("picture", settings.seed, number) % 2**32 for number in range(len(prompts))]
-    if settings.adapter is None:
-        refuse_adapter_settings(settings)
-        policy = "none"
-        drawn = draw(pipe, prompts, [settings.negative] * len(prompts), seeds, how)
-    else:
-        applied = apply(pipe, settings.adapter, strength=settings.strength)
-        policy = settings.policy or applied.policy
-        if policy != "none":
-            check_guidance(pipe, how.scale)
-        detector = None
-        if policy == "detected":
-            detector = open_detector(
-                settings.detector, concept=str(applied.adapter.config["concept"]), threshold=settings.threshold
-            )
-        drawn = draw_with(applied, policy, prompts, seeds, how, own=settings.negative, detector=detector)
     rows = [
         {"file_name": f"{number:05d}.png", "text": prompt, "seed": seed, "policy": policy}
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    publish_folder(lambda folder: write_pictures(folder, drawn, rows), settings.out)
+    facts = facts_of(settings, how, policy)
+
+    def write(folder: Path) -> None:
+        if applied is None:
+            drawn = draw(pipe, prompts, [settings.negative] * len(prompts), seeds, how)
+        else:
+            drawn = draw_with(applied, policy, prompts, seeds, how, own=settings.negative, detector=detector)
+        write_pictures(folder, drawn, rows, facts)
+
+    publish_folder(write, settings.out)
     say(f"{len(rows)} pictures of {image_side(pipe)} pixels, policy {policy}, guidance {how.scale:g}: {settings.out}")
     return rows
 
 
-def refuse_adapter_settings(settings: SampleSettings) -> None:
-    for name in ("policy", "detector", "negative_scale", "strength"):
+def check_request(settings: SampleSettings) -> None:
+    if not settings.prompt or settings.count < 1:
+        raise UsageError(
+            "nothing to draw",
+            expected="--prompt TEXT ..., and a --count of at least 1",
+            received=f"{len(settings.prompt)} prompts, count {settings.count}",
+            hint="--prompt 'a photo of a street' --count 4",
+        )
+    if settings.adapter is not None:
+        return
+    for name in ("policy", "detector", "negative_scale", "strength", "threshold"):
         if getattr(settings, name) != getattr(SampleSettings, name):
             raise UsageError(
                 f"{name} would change nothing without an adapter",
-                received=getattr(settings, name),
-                hint="--adapter FOLDER",
+                expected="--adapter FOLDER",
+                received=f"{name} {getattr(settings, name)} and no adapter",
+                hint=f"anabranch erase train makes an adapter; leave {name} out to see the model as it is",
             )
 
 
-def write_pictures(folder: Path, pixels: Tensor, rows: Sequence[dict[str, Any]]) -> None:
-    """PNG files and metadata.jsonl, which the `datasets` library reads."""
+def refuse_no_ops(settings: SampleSettings, policy: str) -> None:
+    """A setting that does nothing would be believed to have done something; one that is missing is missed early."""
+    if policy != "detected":
+        for name in ("detector", "threshold"):
+            refuse_no_op(settings, name, "policy detected", policy)
+    elif not settings.detector:
+        raise UsageError(
+            "policy detected needs a detector",
+            expected="--detector, as in anabranch erase scan",
+            received="none",
+            hint="--detector qr, or --policy name",
+        )
+    if policy == "none" and not settings.negative:
+        for name in ("negative_scale", "window"):
+            refuse_no_op(settings, name, "a negative prompt", policy)
+
+
+def refuse_no_op(settings: SampleSettings, name: str, needs: str, policy: str) -> None:
+    value = getattr(settings, name)
+    if value != getattr(SampleSettings, name):
+        raise UsageError(
+            f"{name} would change nothing",
+            expected=needs,
+            received=f"{name} {value} under policy {policy}",
+            hint=f"leave {name} out, or another --policy",
+        )
+
+
+def refuse_other_results(out: Path) -> None:
+    """publish_folder replaces what was published before, whichever command did it."""
+    if out.is_dir() and any(out.iterdir()) and not (out / RESULT).is_file():
+        raise UsageError(
+            f"{out} is there already",
+            expected="a free name, an empty folder, or an earlier result of the same command",
+            received=", ".join(sorted(path.name for path in out.iterdir())[:3]),
+            hint="name another folder with --out",
+        )
+
+
+def warn_of_length(pipe: Any, settings: SampleSettings) -> None:
+    most = room(pipe)
+    for text in dict.fromkeys([*settings.prompt, settings.negative]):
+        if (needed := token_count(pipe, text)) > most:
+            say(f"warning: {needed} tokens, of which the model reads the first {most}: {text[:60]!r}")
+
+
+def facts_of(settings: SampleSettings, how: Sampling, policy: str) -> dict[str, Any]:
+    """How all of the pictures were made, as samples.json tells it."""
+    given = {name: value for name, value in asdict(settings).items() if name not in ("out", "prompt")}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return plain | {"format": 1, "policy": policy, "guidance": how.scale, "steps": how.steps}
+
+
+def write_pictures(
+    folder: Path, pixels: Tensor, rows: Sequence[dict[str, Any]], facts: dict[str, Any] | None = None
+) -> None:
+    """PNG files and metadata.jsonl, which the `datasets` library reads; `facts` of all of them beside it."""
     for image, row in zip(pixels.permute(0, 2, 3, 1).numpy(), rows, strict=True):
         Image.fromarray(image.squeeze()).save(folder / row["file_name"])
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    if facts is not None:
+        (folder / RESULT).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

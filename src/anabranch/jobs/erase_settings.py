@@ -179,4 +179,16 @@ class EvalSettings(EvalFlags):
     labels: Path | None = None
     """The labels that the adapter was trained on: pictures for the attacks that need some of the concept."""
     attack_steps: int = 100
+    """Steps of the attacks that train: a word for the concept, or the model itself."""
     attack_samples: int = 50
+    """Pictures an attack, of one seed and step."""
+    attack_images: int = 16
+    """Pictures with the concept, and harmless ones, that an attack may use."""
+    attack_seeds: int = 1
+    """Repetitions of relearning; a verdict on it takes 3."""
+    ladder: bool = True
+    """Draw under every policy that fits, and not just under the adapter's own."""
+    no_op: str = ""
+    """Negative prompt of the eraser that does nothing; the empty one makes the model's own pictures again."""
+    features: Path | None = None
+    """A transformers image model, such as a CLIP, in whose space quality is compared; a plain space when left out."""

@@ -9,99 +9,94 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anabranch.data.boxes import flip_boxes, transform_boxes
 from anabranch.data.captions import read_captions
 from anabranch.data.folders import decode_into
 from anabranch.data.images import UnreadableImages, allocate
-from anabranch.data.labels import Label, Labels, read_labels
-from anabranch.errors import CheckFailed, UsageError
+from anabranch.data.labels import Label, Labels
+from anabranch.errors import CheckFailed, Stopped
 from anabranch.jobs.erase_card import adapter_card
+from anabranch.jobs.erase_checks import fingerprint_of, kept, open_labels, open_model, same_as_before
+from anabranch.jobs.erase_plan import (
+    check_vocabulary,
+    concept_of,
+    erase_config,
+    place_room,
+    policy_of,
+    refuse_mirrors,
+    training_config,
+    vocabulary_of,
+    warnings_for,
+)
 from anabranch.jobs.erase_settings import TrainSettings
 from anabranch.jobs.stages import say
-from anabranch.models.diffusion.family import family, image_side, open_pipeline
-from anabranch.models.diffusion.latents import to_latents
+from anabranch.models.diffusion.family import family, image_side
+from anabranch.models.diffusion.latents import CHUNK, to_latents
+from anabranch.models.diffusion.noising import noising
 from anabranch.suppress.captioned import CaptionedBatches
 from anabranch.suppress.denoising import Denoising
 from anabranch.suppress.geom_erasing.adapter import CONFIG, fingerprint, hashes, save_adapter
 from anabranch.suppress.geom_erasing.bins import Box
-from anabranch.suppress.geom_erasing.erase import Config, Prepared, check_contrast, grid_of, prepare
+from anabranch.suppress.geom_erasing.erase import Config, Prepared, prepare
 from anabranch.suppress.geom_erasing.negatives import strangers
-from anabranch.suppress.geom_erasing.words import Vocabulary, check_room, room, token_count
+from anabranch.suppress.geom_erasing.words import Vocabulary
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.publish import sync
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 from anabranch.train.touch import digest
 
-RATES = {"lora": 1e-4, "denoiser": 1e-5, "tokens": 1e-3}
-TRAINING, LATENTS = "training", "latents.safetensors"
+TRAINING, LATENTS, SEEN = "training", "latents.safetensors", "seen.json"
+STILL = 1e-6
+"""Share of its length by which a word that learned nothing may still move."""
 
 
 def erase_train(settings: TrainSettings) -> dict[str, Any]:
     """Train and write `settings.out`; returns what geom_config.json holds."""
-    labels = read_labels(settings.labels, settings.images)
-    config = erase_config(settings)
-    concept = settings.concept or labels.concept
-    if not concept:
-        raise UsageError("the concept has no name", expected="--concept NAME", hint="such as --concept watermark")
-    pipe = open_pipeline(settings.model)
+    config, training = erase_config(settings), training_config(settings)
+    labels = open_labels(settings.labels, settings.images)
+    refuse_mirrors(settings, labels)
+    pipe = open_model(settings.model)
+    noising(pipe.scheduler)  # refuses what cannot be trained for
+    concept = concept_of(settings, labels)
     vocabulary = vocabulary_of(settings, concept)
-    check_room(pipe, vocabulary.name if not vocabulary.new_name else "", 1, "one place")
+    check_vocabulary(pipe, vocabulary)
     captions = read_captions(labels.root, [row.file for row in labels.rows], settings.caption)
     side = image_side(pipe)
     boxes = [boxes_in_square(row, side) for row in labels.rows]
-    warnings = [warning] if (warning := check_contrast(boxes)) else []
-    with StopFlag(), RunFolder.open(settings.out, plain_values_of(settings), settings.resume) as run:
-        latents = latents_of(pipe, labels, side, run.path / TRAINING, settings.flip)
-        rows = doubled(captions, boxes, labels, side, settings.flip)
+    warnings = warnings_for(settings, pipe, boxes, captions, vocabulary)
+    policy = policy_of(settings, config, pipe, vocabulary, boxes)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    with StopFlag() as stop, RunFolder.open(settings.out, plain_values_of(settings), settings.resume) as run:
         base, before = fingerprint(pipe), hashes(pipe)
+        seen = {"model": base, "labels": fingerprint_of(labels.rows), "captions": fingerprint_of(captions)}
+        same_as_before(run.path / TRAINING / SEEN, seen)
+        latents = latents_of(pipe, labels, side, run.path / TRAINING, settings.flip, stop)
+        captions, boxes, sizes = doubled(captions, boxes, labels, side, settings.flip)
+        time_ids = sizes if family(pipe).__name__.endswith("_xl") else None
         prepared = prepare(
-            pipe, vocabulary, config, latents, rows[0], rows[1], size=side, word=concept, time_ids=rows[2](pipe)
+            pipe, vocabulary, config, latents, captions, boxes, size=side, word=concept, time_ids=time_ids
         )
-        facts = run_training(settings, pipe, prepared, run.path / TRAINING)
+        facts = run_training(settings, training, pipe, prepared, run.path / TRAINING)
         check_untouched(pipe, before, config)
         found = [bins for bins in prepared.bins if bins]
-        policy = settings.policy or default_policy(config, vocabulary, pipe)
-        most = room(pipe) - token_count(pipe, vocabulary.name)
-        warnings += [warning] if (warning := strangers(policy, vocabulary, found, most)) else []
+        warnings += [warning] if (warning := strangers(policy, vocabulary, found, place_room(pipe, vocabulary))) else []
         facts |= described(settings, labels, prepared, config) | {"base": base, "policy": policy, "warnings": warnings}
         write_adapter(settings, run.path, pipe, vocabulary, prepared, found, facts | {"concept": concept})
     tell(settings, facts)
     return facts
 
 
-def erase_config(settings: TrainSettings) -> Config:
-    if settings.mode == "model" and settings.trained == "denoiser":
-        raise UsageError(
-            "trained=denoiser would change nothing: mode model trains the new words alone",
-            hint="--mode data, or leave --trained out",
-        )
-    try:
-        return Config(
-            mode=settings.mode,
-            trained="tokens" if settings.mode == "model" else settings.trained,
-            alpha=settings.alpha,
-            r=settings.r,
-            token_rate=1.0 if settings.mode == "model" or settings.trained == "tokens" else settings.token_rate,
-            seed=settings.seed,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def vocabulary_of(settings: TrainSettings, concept: str) -> Vocabulary:
-    if settings.concept_token == "word":
-        return Vocabulary(name=concept, grid=grid_of(settings.grid), new_name=False)
-    word = "_".join("".join(c if c.isalnum() else " " for c in concept.lower()).split())
-    return Vocabulary(name=f"<{word or 'concept'}>", grid=grid_of(settings.grid))
+# the data
 
 
 def boxes_in_square(row: Label, side: int) -> list[Box] | None:
@@ -112,24 +107,25 @@ def boxes_in_square(row: Label, side: int) -> list[Box] | None:
     return None if row.boxes and not kept else kept  # cut off with the margin: the square is clean
 
 
-def latents_of(pipe: Any, labels: Labels, side: int, folder: Path, flip: bool) -> Tensor:
-    """(N, c, h, w), encoded once; kept in the run for a resume."""
+def latents_of(pipe: Any, labels: Labels, side: int, folder: Path, flip: bool, stop: StopFlag) -> Tensor:
+    """(N, c, h, w), encoded once and kept in the run for a resume; with `flip` those of mirrored images as well."""
     key = latents_key(pipe, labels, side, flip)
-    file = folder / LATENTS
-    if file.is_file():
-        kept = load_file(file)
-        if key in kept:
-            return kept[key]
-    pixels = pixels_of(labels, side, pipe.vae.config.in_channels)
-    parts = [to_latents(pipe, pixels)]
-    if flip:
-        parts.append(to_latents(pipe, pixels.flip(-1)))
-    latents = torch.cat(parts).cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    save_file({key: latents}, unfinished)
-    os.replace(unfinished, file)
-    return latents
+    return kept(folder / LATENTS, key, lambda: encoded(pipe, labels, side, flip, stop))
+
+
+def encoded(pipe: Any, labels: Labels, side: int, flip: bool, stop: StopFlag) -> Tensor:
+    parts, mirrored = [], []
+    for start in range(0, len(labels.rows), CHUNK):
+        if stop.is_set:
+            raise Stopped(
+                f"stopped on request with {start} of {len(labels.rows)} images encoded; none of them was kept",
+                hint="the same command with --resume",
+            )
+        pixels = pixels_of(labels, labels.rows[start : start + CHUNK], side, pipe.vae.config.in_channels)
+        parts.append(to_latents(pipe, pixels).cpu())
+        if flip:
+            mirrored.append(to_latents(pipe, pixels.flip(-1)).cpu())
+    return torch.cat(parts + mirrored)
 
 
 def latents_key(pipe: Any, labels: Labels, side: int, flip: bool) -> str:
@@ -138,15 +134,16 @@ def latents_key(pipe: Any, labels: Labels, side: int, flip: bool) -> str:
     return hashlib.sha256(repr((parts, autoencoder, side, flip)).encode()).hexdigest()[:32]
 
 
-def pixels_of(labels: Labels, side: int, channels: int) -> Tensor:
-    """(N, C, S, S) uint8: resized and cropped to the middle, as the boxes are."""
-    files = [row.file for row in labels.rows]
+def pixels_of(labels: Labels, rows: Sequence[Label], side: int, channels: int) -> Tensor:
+    """(n, C, S, S) uint8: resized and cropped to the middle, as the boxes are."""
+    files = [row.file for row in rows]
     decoded = decode_into(allocate((len(files), channels, side, side)), labels.root, files, None)
     if decoded.bad:
         bad = tuple(decoded.bad.values())
         raise UnreadableImages(
-            f"{labels.root}: {len(bad)} images of the labels cannot be read",
+            f"{labels.root}: images of the labels cannot be read",
             bad,
+            expected="every image as it was scanned",
             received="; ".join(f"{b.path!r} ({b.reason})" for b in bad[:3]),
             hint="scan the folder again",
         )
@@ -155,19 +152,13 @@ def pixels_of(labels: Labels, side: int, channels: int) -> Tensor:
 
 def doubled(
     captions: list[str], boxes: list[list[Box] | None], labels: Labels, side: int, flip: bool
-) -> tuple[list[str], list[list[Box] | None], Any]:
+) -> tuple[list[str], list[list[Box] | None], Tensor]:
     """Captions, boxes and time ids of all rows: of the mirrored ones as well, where they are there."""
     sizes = torch.tensor([time_ids_of(row, side) for row in labels.rows], dtype=torch.float32)
-
-    def time_ids(pipe: Any) -> Tensor | None:
-        if not family(pipe).__name__.endswith("_xl"):
-            return None
-        return torch.cat([sizes, sizes]) if flip else sizes
-
     if not flip:
-        return captions, boxes, time_ids
+        return captions, boxes, sizes
     mirrored = [None if found is None else flip_boxes(found, side) for found in boxes]
-    return captions * 2, [*boxes, *mirrored], time_ids
+    return captions * 2, [*boxes, *mirrored], torch.cat([sizes, sizes])
 
 
 def time_ids_of(row: Label, side: int) -> list[int]:
@@ -177,8 +168,12 @@ def time_ids_of(row: Label, side: int) -> list[int]:
     return [row.height, row.width, round(top), round(left), side, side]
 
 
-def run_training(settings: TrainSettings, pipe: Any, prepared: Prepared, folder: Path) -> dict[str, Any]:
-    kind = "tokens" if settings.mode == "model" else settings.trained
+# train, look, write
+
+
+def run_training(
+    settings: TrainSettings, config: TrainConfig, pipe: Any, prepared: Prepared, folder: Path
+) -> dict[str, Any]:
     objective = Denoising(pipe, prepared.parameters)
     stream = CaptionedBatches(
         prepared.data,
@@ -187,29 +182,21 @@ def run_training(settings: TrainSettings, pipe: Any, prepared: Prepared, folder:
         prompt_dropout=settings.prompt_dropout,
         caption_dropout=settings.caption_dropout,
     )
-    config = TrainConfig(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate or RATES[kind],
-        warmup_steps=min(settings.warmup_steps, settings.steps // 2),
-        weight_decay=0.0,  # of new words it would be a pull towards the origin
-        betas=(0.9, 0.99),
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        save_every=settings.save_every,
-        mixed_precision=settings.mixed_precision,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
     before = prepared.attached.rows()
-    resumed = (folder / "checkpoints").exists()
-    result = train(objective, stream, config, folder, resume=resumed, report=say)
-    pipe_norms = {
-        name: round(float((rows - before[name]).norm(dim=1).mean() / before[name].norm(dim=1).mean()), 4)
-        for name, rows in prepared.attached.rows().items()
+    result = train(objective, stream, config, folder, resume=(folder / "checkpoints").exists(), report=say)
+    after = prepared.attached.rows()
+    moved = {
+        name: float((rows - before[name]).norm(dim=1).mean() / before[name].norm(dim=1).mean())
+        for name, rows in after.items()
     }
-    if not any(pipe_norms.values()):
-        raise CheckFailed("training left the new words as they were", hint="more --steps, or a higher learning_rate")
-    return {"steps": result.step, "words_moved": pipe_norms}
+    if not any(share > STILL for share in moved.values()):
+        raise CheckFailed(
+            "training left the new words as they were",
+            expected="words that moved",
+            received=f"the same after {result.step} steps",
+            hint="more --steps, or a higher learning_rate",
+        )
+    return {"steps": result.step, "words_moved": {name: round(share, 4) for name, share in moved.items()}}
 
 
 def check_untouched(pipe: Any, before: dict[str, str], config: Config) -> None:
@@ -222,13 +209,6 @@ def check_untouched(pipe: Any, before: dict[str, str], config: Config) -> None:
         raise CheckFailed("tensors changed that were not to change", received=", ".join(strange[:5]))
     new = [name for name in renamed if name not in before]
     say(f"{len(new)} new tensors, {len(changed)} changed, {len(before) - len(changed)} as before")
-
-
-def default_policy(config: Config, vocabulary: Vocabulary, pipe: Any) -> str:
-    if config.mode == "data":
-        return "name"
-    fits = len(vocabulary.grid) <= room(pipe) - token_count(pipe, vocabulary.name)
-    return "all" if fits else "prior"
 
 
 def described(settings: TrainSettings, labels: Labels, prepared: Prepared, config: Config) -> dict[str, Any]:
