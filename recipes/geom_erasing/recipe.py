@@ -34,6 +34,11 @@ POLICIES = {
     "boxes": ("none", "name", "detected", "sampled", "prior"),
     "model: boxes": ("none", "name", "detected", "sampled"),
     "new places, long": ("none", "name", "detected"),
+    "name, long": ("name",),
+    "shuffled, new places, long": ("name",),
+    "boxes, recall 1": ("name",),
+    "name, recall 1": ("name",),
+    "model: name": ("name",),
     "SLD": ("strong",),
 }
 OTHERWISE = ("none", "name")

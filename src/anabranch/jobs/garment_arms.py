@@ -401,6 +401,7 @@ ARMS: dict[str, Callable[[Bench], Made]] = {
     "model: name": lambda bench: geom(bench, name_only(bench.labels()), mode="model"),
     "new places, long": new_places,
     "plain, long": long_plain,
+    "name, long": lambda bench: geom(bench, name_only(bench.labels()), steps=bench.regime.long_steps),
     "UCE": edited,
     "SLD": safe,
     "Concept Ablation": ablated,

@@ -58,7 +58,7 @@ def family(pipe: Any) -> ModuleType:
 
 
 def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline in a folder that diffusers wrote, in evaluation mode with every weight frozen.
+    """The pipeline in a folder that diffusers wrote, every weight frozen, on the accelerator where there is one.
 
     Raises:
         UsageError: no such folder, not a pipeline, a family that is not supported, or diffusers is missing.
@@ -86,7 +86,7 @@ def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any
     pipe.set_progress_bar_config(disable=True)
     for module in networks(pipe).values():
         module.eval().requires_grad_(False)
-    return pipe
+    return pipe.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else pipe
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:

@@ -124,7 +124,8 @@ class Applied:
                 expected=f"one of the negatives in {NEGATIVE}: {', '.join(sorted(found))}, with no words of your own",
                 received=f"policy {policy}" + (f" with {own!r}" if own else ""),
             )
-        return found[policy]
+        encoder = encoders(self.pipe)[0][2]
+        return found[policy].to(encoder.device, encoder.dtype)
 
     def arguments(self, policy: str | None = None, **options: Any) -> dict[str, Tensor]:
         """Keyword arguments for one call of the pipeline with one prompt; not together with `negative_prompt`."""
