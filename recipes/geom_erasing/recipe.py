@@ -21,11 +21,12 @@ from PIL import Image
 
 from anabranch.data.images import Images, open_images
 from anabranch.data.marks import glyph
-from anabranch.jobs.garment_arms import ARMS, Bench, Regime, Scored, draw_policies, place_control, score
+from anabranch.jobs.garment_arms import ARMS, Bench, Made, Regime, Scored, draw_policies, place_control, score
 from anabranch.jobs.garment_judges import FEATURE_SPACE, Judges, train_judges
-from anabranch.jobs.marked_garments import PLATE
+from anabranch.jobs.marked_garments import MARK, PLATE
 from anabranch.measure.frechet import frechet
 from anabranch.suppress.detectors import open_detector
+from anabranch.suppress.geom_erasing.adapter import fingerprint, save_adapter
 
 POLICIES = {
     "base": ("none", "word"),
@@ -42,6 +43,7 @@ POLICIES = {
     "SLD": ("strong",),
 }
 OTHERWISE = ("none", "name")
+ATTACKED = "new places, long"
 PICTURES = 24
 REFERENCE = 10_000
 
@@ -77,7 +79,24 @@ def run_arm(bench: Bench, arm: str, reference: np.ndarray, folder: Path) -> dict
         strip = pixels[:PICTURES, 0].permute(1, 0, 2).reshape(pixels.shape[-2], -1)
         Image.fromarray(strip.numpy()).save(folder / f"{arm}-{policy}.png".replace(" ", "-"))
     control = place_control(bench, made) if made.prepared else None
+    if arm == ATTACKED:
+        publish(bench, made, folder / "adapter")
     return {"policies": policies, "place_control": control, "loss": bench.noted.get("loss"), "base": str(bench.base)}
+
+
+def publish(bench: Bench, made: Made, folder: Path) -> None:
+    """The arm as `anabranch erase train` would have left it, for `anabranch erase eval` to attack."""
+    folder.mkdir()
+    config = {
+        "trained": bench.regime.trained,
+        "base": fingerprint(bench.open()),
+        "policy": "detected",
+        "concept": MARK,
+        "model": str(bench.base),
+        "detector": bench.detector.name,
+    }
+    found = [bins for bins in made.prepared.bins if bins]
+    save_adapter(made.pipe, folder, made.words, made.prepared.attached, found, config)
 
 
 def numbers(scored: Scored, reference: np.ndarray) -> dict[str, Any]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from anabranch.errors import UsageError
-from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.suppress.guidance import Negative, ThreeBranch, check_guidance, first_noise, pictures, sample
 from tests.diffusion_pipelines import CALL, FAMILIES, tiny
 
@@ -28,6 +28,16 @@ def test_the_loop_makes_the_stock_pipelines_images_bit_for_bit(name):
     assert torch.equal(ours, stock)
     without = stock_images(pipe, name, negative_prompt=["", ""], guidance_scale=3.0)
     assert not torch.equal(ours, without), "the negative prompt did nothing"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_to_avoid_is_what_the_stock_pipeline_takes_for_it(name):
+    """Stable Diffusion XL puts zeros in the place of an absent negative prompt, not the encoded empty text."""
+    pipe = tiny(name)
+    guidance = Negative(positive=encode_prompts(pipe, PROMPTS), negative=encode_negatives(pipe, ["", ""]), scale=3.0)
+    assert torch.equal(
+        pictures(pipe, guidance, first_noise(pipe, SEEDS), STEPS), stock_images(pipe, name, guidance_scale=3.0)
+    )
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3"])

@@ -19,7 +19,7 @@ from anabranch.measure.frechet import distances
 from anabranch.measure.intervals import interval
 from anabranch.measure.judge import Calibration, correct
 from anabranch.models.diffusion.conditioning import Conditioning
-from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.models.diffusion.prompts import encode_negatives
 from anabranch.suppress.detectors import Detector, contains, detect_checked
 from anabranch.suppress.detectors.protocol import Box
 from anabranch.suppress.geom_erasing.adapter import Applied
@@ -51,7 +51,7 @@ class Subject:
     def negatives(self, count: int, seed: int, bins: Sequence[Sequence[Bin]] | None = None) -> Conditioning:
         """A negative prompt a picture; `bins` of where the concept is known to be, for policy detected."""
         if self.applied is None:
-            return encode_prompts(self.pipe, [self.negative]).repeat(count)
+            return encode_negatives(self.pipe, [self.negative]).repeat(count)
         return self.applied.negative(self.policy, count, own=self.negative, seed=seed, detected=bins)
 
 

@@ -22,7 +22,7 @@ from anabranch.jobs.erase_settings import BakeSettings, SampleSettings
 from anabranch.jobs.erase_train import install, plain_values_of
 from anabranch.jobs.stages import say
 from anabranch.models.diffusion.noising import noising
-from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.suppress.geom_erasing.adapter import CONFIG, Applied, fingerprint
 from anabranch.suppress.geom_erasing.bake import Baking, BakingBatches
 from anabranch.suppress.lora import add_lora, save_lora
@@ -54,7 +54,7 @@ def erase_bake(settings: BakeSettings) -> dict[str, Any]:
         parameters = add_lora(student, settings.r, settings.seed)
         objective = Baking(
             student, teacher, parameters,
-            encode_prompts(teacher, prompts), negative, encode_prompts(teacher, [""]),
+            encode_prompts(teacher, prompts), negative, encode_negatives(teacher, [""]),
             eta=settings.eta, keep_coef=settings.keep_coef,
         )  # fmt: skip
         stream = BakingBatches(latents, numbers, settings.batch_size, settings.seed)

@@ -22,7 +22,7 @@ from anabranch.jobs.stages import say
 from anabranch.models.diffusion.conditioning import Conditioning
 from anabranch.models.diffusion.family import image_side
 from anabranch.models.diffusion.latents import to_pixels
-from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.suppress.detectors import contains, detect_checked, open_detector
 from anabranch.suppress.detectors.protocol import Detector
 from anabranch.suppress.geom_erasing.adapter import Applied
@@ -62,7 +62,7 @@ def draw_latents(
         negative = (
             negatives.take(torch.tensor(rows))
             if isinstance(negatives, Conditioning)
-            else encode_prompts(pipe, [negatives[i] for i in rows])
+            else encode_negatives(pipe, [negatives[i] for i in rows])
         )
         chosen = [seeds[i] for i in rows]
         parts.append(sample(pipe, rule(pipe, positive, negative, how), first_noise(pipe, chosen), how.steps, chosen))
@@ -70,11 +70,13 @@ def draw_latents(
 
 
 def rule(pipe: Any, positive: Conditioning, negative: Conditioning, how: Sampling) -> Guidance:
-    empty = encode_prompts(pipe, [""]).repeat(len(positive))
-    common = {"positive": positive, "negative": negative, "empty": empty, "scale": how.scale, "window": how.window}
-    if how.negative_scale is None:
+    common = {"positive": positive, "negative": negative, "scale": how.scale}
+    if how.negative_scale is None and how.window == (0.0, 1.0):
         return Negative(**common)
-    return ThreeBranch(**common, negative_scale=how.negative_scale)
+    common |= {"empty": encode_negatives(pipe, [""]).repeat(len(positive)), "window": how.window}
+    return (
+        Negative(**common) if how.negative_scale is None else ThreeBranch(**common, negative_scale=how.negative_scale)
+    )
 
 
 def batches(count: int, size: int) -> Iterator[list[int]]:

@@ -107,7 +107,11 @@ def steps_to_half(curve: Sequence[tuple[float, float]], original_rate: float) ->
 
 def is_back(attacked: Rate, before: Rate, floor: Rate) -> bool:
     """upper end >= floor + HALF_WAY (before - floor); a wide interval counts against the eraser."""
-    return attacked.high >= floor.rate + HALF_WAY * (before.rate - floor.rate)
+    return attacked.high >= half_way(before, floor)
+
+
+def half_way(before: Rate, floor: Rate) -> float:
+    return floor.rate + HALF_WAY * (before.rate - floor.rate)
 
 
 def controls(before: ArrayLike, no_op: ArrayLike, floor: Rate) -> list[str]:
@@ -131,7 +135,9 @@ def survivors(
         tried = {name: rate for name, rate in attacks.items() if name.partition("/")[0] == family}
         if not tried and family not in inapplicable:
             against.append(f"{family} was not tried")
-        against += [f"{name} brings it back: {rate}" for name, rate in tried.items() if is_back(rate, before, floor)]
+        bar = half_way(before, floor)
+        back = {name: rate for name, rate in tried.items() if is_back(rate, before, floor)}
+        against += [f"{name} {'brings' if r.rate >= bar else 'may bring'} it back: {r}" for name, r in back.items()]
     return against
 
 

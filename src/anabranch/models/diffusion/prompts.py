@@ -50,3 +50,17 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
     device = encoders(pipe)[0][2].device
     chunks = [list(prompts[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)]
     return concatenate([encode_ids(pipe, [part.to(device) for part in tokenize(pipe, chunk)]) for chunk in chunks])
+
+
+@torch.no_grad()
+def encode_negatives(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    """`encode_prompts`, but zeros for an empty prompt where the pipeline avoids nothing by zeros (Stable Diffusion XL)."""
+    conditioning = encode_prompts(pipe, prompts)
+    if not pipe.config.get("force_zeros_for_empty_prompt"):
+        return conditioning
+    something = torch.tensor([bool(prompt) for prompt in prompts], device=conditioning.embeds.device)
+    return Conditioning(
+        embeds=conditioning.embeds * something[:, None, None],
+        pooled=None if conditioning.pooled is None else conditioning.pooled * something[:, None],
+        time_ids=conditioning.time_ids,
+    )

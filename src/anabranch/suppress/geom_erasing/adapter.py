@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.models.diffusion.conditioning import Conditioning
 from anabranch.models.diffusion.family import denoiser, encoders, family, networks, quiet
-from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.models.diffusion.tokens import Attached, attach, detach
 from anabranch.suppress.geom_erasing.bins import Bin, Grid
 from anabranch.suppress.geom_erasing.negatives import negative_prompts
@@ -84,7 +84,7 @@ class Applied:
         """The negative prompts of `count` pictures; `own` is what the user does not want besides, put after ours."""
         policy = policy or self.policy
         if policy == "none":
-            return encode_prompts(self.pipe, [own]).repeat(count)
+            return encode_negatives(self.pipe, [own]).repeat(count)
         if self.attached is None:
             return self.ready(policy, own).repeat(count)
         texts = self.texts(policy, count, seed=seed, detected=detected)
