@@ -33,7 +33,8 @@ ARMS = (
 def demo(flags: DemoFlags) -> Path:
     """Measure, train the arms, customise for every task, write the page; returns its path."""
     if flags.topic != "transfer":
-        raise UsageError(f"there is no demo {flags.topic!r}", hint=did_you_mean(flags.topic, ["transfer"]))
+        hint = did_you_mean(flags.topic, ["transfer", "erase"])
+        raise UsageError(f"this is not the demo {flags.topic!r}", expected="transfer", hint=hint)
     started = time.monotonic()
     settings = MeasureSettings(
         sources=SOURCES,

@@ -180,12 +180,12 @@ class CustomizeSettings(CustomizeFlags):
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
     topic: str = "transfer"
-    """What to show: transfer."""
+    """What to show: transfer or erase."""
     out: Path = Path("runs/demo")
     """The folder to write."""
     seeds: int = 3
-    """Repetitions."""
+    """Repetitions; of transfer alone."""
     steps: int = 1000
-    """Optimiser steps of a model; the stage with experts gets as many again."""
+    """Optimiser steps of a model; the stage with experts gets as many again. Of erase: of an eraser, else its own."""
     resume: bool = False
-    """Go on with a demo that was stopped."""
+    """Go on with a demo that was stopped; of transfer alone."""

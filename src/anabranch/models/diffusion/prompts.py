@@ -54,7 +54,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
 
 @torch.no_grad()
 def encode_negatives(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    """`encode_prompts`, but zeros for an empty prompt where the pipeline avoids nothing by zeros (Stable Diffusion XL)."""
+    """`encode_prompts`, but zeros for an empty prompt where the pipeline takes them (Stable Diffusion XL)."""
     conditioning = encode_prompts(pipe, prompts)
     if not pipe.config.get("force_zeros_for_empty_prompt"):
         return conditioning
