@@ -95,7 +95,8 @@ def train_judges(images: Images, folder: Path, *, steps: int = 1200, seed: int =
         if file.is_file():
             judge.load_state_dict(load_file(file))
         else:
-            config = TrainConfig(steps=steps, batch_size=64, learning_rate=2e-3, warmup_steps=min(50, steps // 2), seed=seed)
+            warmup = min(50, steps // 2)
+            config = TrainConfig(steps=steps, batch_size=64, learning_rate=2e-3, warmup_steps=warmup, seed=seed)
             train(judge, Labelled(pixels, labels, 64, seed), config)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(judge.state_dict(), file)
