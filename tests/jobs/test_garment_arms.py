@@ -10,10 +10,21 @@ from PIL import Image
 import anabranch
 from anabranch.data.images import open_images
 from anabranch.data.marks import glyph
-from anabranch.jobs.garment_arms import ARMS, Bench, Regime, jittered, shuffled
+from anabranch.jobs.garment_arms import ARMS, Bench, Regime
 from anabranch.jobs.garment_judges import train_judges
 from anabranch.jobs.garment_scores import draw_policies, place_control, score
-from anabranch.jobs.marked_garments import GRID, KNOWN, MARK, PLATE, bin_word, clean_world, with_known, with_mark
+from anabranch.jobs.marked_garments import (
+    GRID,
+    KNOWN,
+    MARK,
+    PLATE,
+    bin_word,
+    clean_world,
+    jittered,
+    shuffled,
+    with_known,
+    with_mark,
+)
 from anabranch.measure.concept_ratio import mcnemar
 from anabranch.suppress.detectors import detect_checked, open_detector
 from anabranch.suppress.geom_erasing.bins import covered_bins

@@ -21,10 +21,14 @@ from anabranch.jobs.marked_garments import (
     GRID,
     MARK,
     SIDE,
+    Boxes,
     World,
     bin_word,
     caption_of,
     clean_world,
+    jittered,
+    name_only,
+    shuffled,
     with_mark,
 )
 from anabranch.models.diffusion.family import open_pipeline
@@ -43,8 +47,6 @@ from anabranch.suppress.geom_erasing.words import Vocabulary
 from anabranch.suppress.guidance import first_noise, pictures
 from anabranch.suppress.lora import add_lora
 from anabranch.train.loop import TrainConfig, train
-
-Boxes = list[list[tuple[float, float, float, float]] | None]
 
 
 @dataclass(frozen=True)
@@ -257,40 +259,6 @@ def drawn_again(bench: Bench, made: Made) -> Tensor:
         asked = [bench.prompts[i] for i in rows]
         first[rows] = draw(made.pipe, asked, negatives, [bench.seeds[i] for i in rows], bench.how)
     return first
-
-
-def name_only(boxes: Boxes) -> Boxes:
-    return [None if found is None else [] for found in boxes]
-
-
-def shuffled(boxes: Boxes, seed: int) -> Boxes:
-    """The boxes dealt out anew among the pictures that have one."""
-    rows = [i for i, found in enumerate(boxes) if found is not None]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(3000 + seed)).tolist()
-    dealt = list(boxes)
-    for row, other in zip(rows, order, strict=True):
-        dealt[row] = boxes[rows[other]]
-    return dealt
-
-
-def jittered(boxes: Boxes, iou: float, seed: int) -> Boxes:
-    """Every box moved along one axis until it overlaps with itself by `iou`, inside the picture."""
-    generator = torch.Generator().manual_seed(4000 + seed)
-    moved: Boxes = []
-    for found in boxes:
-        if found is None:
-            moved.append(None)
-            continue
-        parts = []
-        for x1, y1, x2, y2 in found:
-            shift = (x2 - x1) * (1 - 2 * iou / (1 + iou))
-            sign = 1 if torch.rand((), generator=generator) < 0.5 else -1
-            along_x = bool(torch.rand((), generator=generator) < 0.5)
-            sign = sign if 0 <= (x1 if along_x else y1) + sign * shift <= SIDE - (x2 - x1) else -sign
-            dx, dy = (sign * shift, 0.0) if along_x else (0.0, sign * shift)
-            parts.append((x1 + dx, y1 + dy, x2 + dx, y2 + dy))
-        moved.append(parts)
-    return moved
 
 
 def free_places(bench: Bench, marks: int = 1) -> Made:

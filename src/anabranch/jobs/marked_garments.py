@@ -25,6 +25,8 @@ MARK_PLACES = tuple((x, y) for y in (0, 4, 16, 20) for x in (0, 4, 16, 20))
 KNOWN = {"alike": "ring", "unlike": "button"}
 """Name of the object that captions do name: a bold O on the mark's own plate, or a dark round button."""
 OPACITY = (0.85, 1.0)
+Boxes = list[list[tuple[float, float, float, float]] | None]
+"""Of every picture; None of one in which no mark was found, [] where its place is not known."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -120,3 +122,40 @@ def button() -> Glyph:
     inside = np.clip(PLATE / 2 - radius + 0.5, 0, 1)
     rim = np.clip(radius - (PLATE / 2 - 1.5) + 0.5, 0, 1)
     return Glyph(inside.astype(np.float32), rim.astype(np.float32))
+
+
+# Labels that are wrong on purpose -------------------------------------------------------------------------------------
+
+
+def name_only(boxes: Boxes) -> Boxes:
+    return [None if found is None else [] for found in boxes]
+
+
+def shuffled(boxes: Boxes, seed: int) -> Boxes:
+    """The boxes dealt out anew among the pictures that have one."""
+    rows = [i for i, found in enumerate(boxes) if found is not None]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(3000 + seed)).tolist()
+    dealt = list(boxes)
+    for row, other in zip(rows, order, strict=True):
+        dealt[row] = boxes[rows[other]]
+    return dealt
+
+
+def jittered(boxes: Boxes, iou: float, seed: int) -> Boxes:
+    """Every box moved along one axis until it overlaps with itself by `iou`, inside the picture."""
+    generator = torch.Generator().manual_seed(4000 + seed)
+    moved: Boxes = []
+    for found in boxes:
+        if found is None:
+            moved.append(None)
+            continue
+        parts = []
+        for x1, y1, x2, y2 in found:
+            shift = (x2 - x1) * (1 - 2 * iou / (1 + iou))
+            sign = 1 if torch.rand((), generator=generator) < 0.5 else -1
+            along_x = bool(torch.rand((), generator=generator) < 0.5)
+            sign = sign if 0 <= (x1 if along_x else y1) + sign * shift <= SIDE - (x2 - x1) else -sign
+            dx, dy = (sign * shift, 0.0) if along_x else (0.0, sign * shift)
+            parts.append((x1 + dx, y1 + dy, x2 + dx, y2 + dy))
+        moved.append(parts)
+    return moved
