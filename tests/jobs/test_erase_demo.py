@@ -100,3 +100,10 @@ def test_a_finished_demo_is_not_written_over(demo, capsys):
     assert cli.main(["demo", "erase", "--out", str(demo)]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (demo / "demo.json").read_bytes() == before
+
+
+def test_the_page_of_the_demo_is_built_again_from_its_files(demo):
+    page = (demo / "report.html").read_bytes()
+    (demo / "report.html").unlink()
+    assert cli.main(["report", str(demo)]) == 0
+    assert (demo / "report.html").read_bytes() == page

@@ -27,7 +27,7 @@ def usage() -> str:
         f"anabranch {__version__}: safe, scalable transfer with dynamic experts\n\n"
         f"usage: anabranch COMMAND [OPTIONS]\n\n{rows}\n\n"
         "  anabranch COMMAND --help   the options of a command\n"
-        "  anabranch demo transfer    the place to start\n"
+        "  anabranch demo transfer    the place to start; or demo erase\n"
     )
 
 

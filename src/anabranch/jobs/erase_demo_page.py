@@ -284,8 +284,6 @@ def go_on(result: dict[str, Any]) -> Section:
          f"{regime['scale']:g} --steps {regime['sample_steps']} --detector template:{mark} --out {out}/samples"],
         ["all attacks, all policies", f"anabranch erase eval {common} --prompts {prompts} --detector template:{mark} "
          f"--set {how} --set steps={regime['sample_steps']} --out {out}/eval"],
-        ["into the weights, for tools without negative prompts", f"anabranch erase bake {common} --prompts {prompts} "
-         f"--policy name --set {how} --out {out}/baked"],
         ["your own pictures: find", "anabranch erase scan --images FOLDER --detector qr --out labels.jsonl"],
         ["your own pictures: erase", "anabranch erase train --model MODEL --labels labels.jsonl --out adapter"],
     ]  # fmt: skip

@@ -238,6 +238,17 @@ def write_page(run: Path) -> Path:
         from anabranch.jobs.sdr_page import write_subnet_page
 
         return write_subnet_page(run)
+    if (run / "shown.safetensors").exists():
+        from anabranch.jobs.erase_demo_page import write_erase_demo_page
+
+        return write_erase_demo_page(run)
+    if (run / "eval.json").exists():
+        raise UsageError(
+            f"the page of {run} is made with its pictures, which are not kept",
+            expected="a run whose page can be built again",
+            received="a run of anabranch erase eval",
+            hint=f"{run / 'report.html'} is complete; erase eval with another --out makes it anew",
+        )
     if (run / "models").is_dir() and not (run / "demo.json").exists():
         return write_transfer_page(run)
     if (run / "demo.json").exists():
