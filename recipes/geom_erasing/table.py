@@ -32,6 +32,28 @@ def main(out: Path) -> None:
     print()
     for line in contract(found, seeds):
         print(f"* {line}")
+    evaluated = {file.parent.name.removeprefix("eval-"): read(file) for file in sorted(out.glob("eval-*/eval.json"))}
+    if evaluated:
+        print()
+        attacks(evaluated)
+
+
+def attacks(evaluated: dict[str, Any]) -> None:
+    """A row an attack: the erased model, the model before, and the one that never saw the mark, base by base."""
+    print(row(["attack", *(f"base {name}: erased (before, never)" for name in evaluated)]))
+    print(row(["---"] * (1 + len(evaluated))))
+    plain = [rates(e["arms"]["erased"]["icr"], e["arms"]["before"]["icr"], e["arms"]["never"]["icr"])
+             for e in evaluated.values()]  # fmt: skip
+    print(row(["none", *plain]))
+    for attack in next(iter(evaluated.values()))["attacks"]:
+        found = [e["attacks"][attack] for e in evaluated.values()]
+        print(row([attack, *(rates(f["erased"], f["before"], f["never"]) for f in found)]))
+    print(row(["verdict", *(e["verdict"]["level"] for e in evaluated.values())]))
+
+
+def rates(erased: dict[str, float], before: dict[str, float], never: dict[str, float]) -> str:
+    low, rate, high = (f"{100 * erased[end]:.1f}" for end in ("low", "rate", "high"))
+    return f"{rate} [{low}, {high}] ({100 * before['rate']:.0f}, {100 * never['rate']:.0f})"
 
 
 def read(file: Path) -> dict[str, Any]:
