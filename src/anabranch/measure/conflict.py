@@ -36,4 +36,5 @@ def gradient_conflict(model: nn.Module, losses: Sequence[Callable[[int], Tensor]
     grads = [torch.stack([gradient(loss(half), parameters) for loss in losses]) for half in (0, 1)]
     first, second = (nn.functional.normalize(g, dim=1) for g in grads)
     within = (first @ first.T + second @ second.T) / 2
+    within = (within + within.T) / 2  # some processors round the two triangles of a product apart
     return within.diagonal_scatter((first * second).sum(1))
