@@ -24,7 +24,7 @@ from anabranch.data.marks import glyph
 from anabranch.jobs.garment_arms import ARMS, Bench, Made, Regime
 from anabranch.jobs.garment_judges import FEATURE_SPACE, Judges, train_judges
 from anabranch.jobs.garment_scores import Scored, draw_policies, place_control, score
-from anabranch.jobs.marked_garments import MARK, PLATE
+from anabranch.jobs.marked_garments import MARK, PLATE, caption_of
 from anabranch.measure.frechet import frechet
 from anabranch.suppress.detectors import open_detector
 from anabranch.suppress.geom_erasing.adapter import fingerprint, save_adapter
@@ -59,6 +59,8 @@ def main(bases: list[Path], seeds: list[int], out: Path, samples: int, arms: lis
     picture = out / "mark.png"
     Image.fromarray((glyph("plate-x", PLATE).value * 255).astype(np.uint8)).save(picture)
     reference = reference_features(judges, test)
+    prompts = [caption_of(name) for name in images.class_names]
+    (out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     # 2. every arm of every base
     for seed, base in zip(seeds, bases, strict=True):
         bench = Bench(
