@@ -29,7 +29,7 @@ from anabranch.suppress.geom_erasing.adapter import Applied
 from anabranch.suppress.geom_erasing.bins import Bin, Grid, covered_bins
 from anabranch.suppress.geom_erasing.words import room, token_count
 from anabranch.suppress.guidance import Guidance, Negative, ThreeBranch, check_guidance, first_noise, sample
-from anabranch.train.publish import publish_folder
+from anabranch.train.publish import publish_folder, refuse_other_results
 
 RESULT = "samples.json"
 
@@ -163,7 +163,7 @@ def check_sampling(how: Sampling) -> None:
 def erase_sample(settings: SampleSettings) -> list[dict[str, Any]]:
     """Write settings.out: pictures, metadata.jsonl and samples.json; returns the rows of metadata.jsonl."""
     check_request(settings)
-    refuse_other_results(settings.out)
+    refuse_other_results(settings.out, RESULT)
     pipe = open_model(settings.model)
     how = sampling_of(pipe, settings, negative_scale=settings.negative_scale, window=settings.window)
     applied = None if settings.adapter is None else open_adapter(pipe, settings.adapter, strength=settings.strength)
@@ -242,17 +242,6 @@ def refuse_no_op(settings: SampleSettings, name: str, needs: str, policy: str) -
             expected=needs,
             received=f"{name} {value} under policy {policy}",
             hint=f"leave {name} out, or another --policy",
-        )
-
-
-def refuse_other_results(out: Path) -> None:
-    """publish_folder replaces what was published before, whichever command did it."""
-    if out.is_dir() and any(out.iterdir()) and not (out / RESULT).is_file():
-        raise UsageError(
-            f"{out} is there already",
-            expected="a free name, an empty folder, or an earlier result of the same command",
-            received=", ".join(sorted(path.name for path in out.iterdir())[:3]),
-            hint="name another folder with --out",
         )
 
 

@@ -23,7 +23,7 @@ from anabranch.errors import UsageError
 from anabranch.jobs.icd_card import data_card
 from anabranch.jobs.icd_settings import IcdSettings
 from anabranch.jobs.progress import Progress
-from anabranch.train.publish import is_safe_name, publish_folder
+from anabranch.train.publish import is_safe_name, publish_folder, refuse_other_results
 
 Row = dict[str, Any]
 RESULT = "icd.json"
@@ -34,7 +34,7 @@ FEW_CLEAN = 0.05
 def make_icd(settings: IcdSettings) -> dict[str, Any]:
     """Write settings.out all at once; returns what its icd.json holds."""
     check_settings(settings)
-    refuse_other_results(settings.out)
+    refuse_other_results(settings.out, RESULT)
     source = open_source(settings.images, settings.caption)
     refuse_overlap(source, settings.out)
     refuse_names(source)
@@ -64,17 +64,6 @@ def check_settings(settings: IcdSettings) -> None:
     choose_marked(1, settings.ratio, settings.seed)
     check_template(settings.caption)
     check_look(settings.kind, look_of(settings))
-
-
-def refuse_other_results(out: Path) -> None:
-    """publish_folder replaces what was published before, whichever command did it."""
-    if out.is_dir() and any(out.iterdir()) and not (out / RESULT).is_file():
-        raise UsageError(
-            f"{out} is there already",
-            expected="a free name, an empty folder, or an earlier result of the same command",
-            received=", ".join(sorted(path.name for path in out.iterdir())[:3]),
-            hint="name another folder with --out",
-        )
 
 
 def refuse_overlap(source: Source, out: Path) -> None:

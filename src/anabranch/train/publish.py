@@ -59,6 +59,17 @@ def publish_folder(write: Callable[[Path], None], target: Path, *, bytes_needed:
     return replace_folder(write, target, bytes_needed=bytes_needed)
 
 
+def refuse_other_results(out: Path, result: str) -> None:
+    """`publish_folder` replaces what any command published; this asks for the file that every result of one has."""
+    if out.is_dir() and any(out.iterdir()) and not (out / result).is_file():
+        raise UsageError(
+            f"{out} is there already",
+            expected="a free name, an empty folder, or an earlier result of the same command",
+            received=", ".join(sorted(path.name for path in out.iterdir())[:3]),
+            hint="name another folder with --out",
+        )
+
+
 def replace_folder(write: Callable[[Path], None], target: Path, *, bytes_needed: int | None = None) -> Path:
     """`publish_folder` without asking what the target holds; for folders that only we write."""
     token = secrets.token_hex(4)

@@ -5,7 +5,7 @@ import torch
 
 from anabranch.errors import UsageError
 from anabranch.models.diffusion.noising import noising
-from anabranch.models.diffusion.prompts import encode_prompts
+from anabranch.models.diffusion.prompts import encode_ids, encode_prompts
 from anabranch.suppress.captioned import CaptionedBatches, captioned
 from anabranch.suppress.denoising import Denoising
 from anabranch.suppress.geom_erasing.adapter import hashes
@@ -102,9 +102,14 @@ def test_without_weights_it_is_the_plain_loss_bit_for_bit():
     pipe, ready = prepared("stable_diffusion", alpha=1.0)
     assert ready.data.weights is None
     batch = CaptionedBatches(ready.data, 4, seed=0).batch(0)
-    plain = Denoising(pipe, ready.parameters)(batch)["loss"]
+    objective = Denoising(pipe, ready.parameters)
+    plain = objective(batch)["loss"]
+    noised = noising(pipe.scheduler).noise(batch["latents"], batch["noise"], batch["u"])
+    embeds = encode_ids(pipe, [batch["ids_0"]]).embeds
+    output = pipe.unet(noised.latents, noised.timestep, embeds, return_dict=False)[0]
+    assert torch.equal(plain, torch.nn.functional.mse_loss(output, noised.target))
     ones = Denoising(pipe, ready.parameters)(batch | {"weights": torch.ones(4, 8, 8)})["loss"]
-    assert torch.allclose(plain, ones, rtol=1e-6)
+    assert torch.allclose(plain, ones, rtol=1e-6)  # the weighted mean adds in another order
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):

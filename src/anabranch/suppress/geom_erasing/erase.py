@@ -8,8 +8,8 @@ Equation  : y' = y (+) y_im (+) <l_m_n>;   L = E w (.) || eps - eps_theta(z_t, t
 Shapes    : N images, latents (N, c, h, w); 1 + T new words; T bins of a grid over the image.
 Differs   : what is not known of the paper is a setting: grid 8 x 8, alpha 2, LoRA of rank 8 in place of the whole
             denoiser, new words at ten times its rate, the caption alone dropped in a tenth of the rows.
-Check     : the ladder plain > name > boxes on real images; in model removal only the new rows change
-            (tests/suppress/geom_erasing/test_erase.py).
+Check     : in model removal only the new rows change (tests/suppress/geom_erasing/test_erase.py); true places beat
+            the name alone and shuffled places on real images (slow: tests/jobs/test_garment_arms.py).
 """
 
 import math
