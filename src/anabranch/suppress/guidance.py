@@ -12,7 +12,7 @@ Check     : bit for bit the stock pipelines' images; s = 1 ignores the negative;
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,6 +110,14 @@ def sample(pipe: Any, guidance: Guidance, noise: Tensor, steps: int, seeds: Sequ
 
     seeds    of a scheduler that draws noise of its own, one an image.
     """
+    *_, latents = trajectory(pipe, guidance, noise, steps, seeds)
+    return latents
+
+
+def trajectory(
+    pipe: Any, guidance: Guidance, noise: Tensor, steps: int, seeds: Sequence[int] | None = None
+) -> Iterator[Tensor]:
+    """The latents before every step and after the last; a step is computed once it is asked for."""
     network, scheduler, module = denoiser(pipe), pipe.scheduler, family(pipe)
     scheduler.set_timesteps(steps, device=network.device, **shifted(pipe, noise))
     latents = (noise * getattr(scheduler, "init_noise_sigma", 1.0)).to(network.device, network.dtype)
@@ -117,14 +125,19 @@ def sample(pipe: Any, guidance: Guidance, noise: Tensor, steps: int, seeds: Sequ
     if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     for step, timestep in enumerate(scheduler.timesteps):
+        yield latents
         branches = guidance.branches(step / len(scheduler.timesteps))
-        inputs = torch.cat([latents] * len(branches))
-        if hasattr(scheduler, "scale_model_input"):
-            inputs = scheduler.scale_model_input(inputs, timestep)
+        inputs = scaled(pipe, torch.cat([latents] * len(branches)), timestep)
         output = module.predict(pipe, inputs, timestep, concatenate(branches))
-        guided = guidance.combine(output.chunk(len(branches)), step)
+        guided = guidance.combine(output.chunk(len(branches)), step).to(latents.dtype)  # autocast answers in its own
         latents = scheduler.step(guided, timestep, latents, return_dict=False, **extra)[0]
-    return latents
+    yield latents
+
+
+def scaled(pipe: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+    """What the denoiser is given for these latents."""
+    scheduler = pipe.scheduler
+    return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
 
 
 def shifted(pipe: Any, noise: Tensor) -> dict[str, float]:

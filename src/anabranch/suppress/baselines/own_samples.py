@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from anabranch.data.streams import derived_seed
-from anabranch.models.diffusion.conditioning import concatenate
 from anabranch.models.diffusion.family import denoiser, family
-from anabranch.suppress.guidance import Guidance, shifted
+from anabranch.suppress.guidance import Guidance, scaled, trajectory
 
 
 class Noisy(NamedTuple):
@@ -23,20 +22,10 @@ class Noisy(NamedTuple):
 @torch.no_grad()
 def partly_sampled(pipe: Any, guidance: Guidance, noise: Tensor, stop: Tensor, num_steps: int) -> Noisy:
     """What the denoiser is given in step `stop` of sampling, for every row its own step."""
-    network, scheduler = denoiser(pipe), pipe.scheduler
-    scheduler.set_timesteps(num_steps, device=network.device, **shifted(pipe, noise))
-    latents = (noise * getattr(scheduler, "init_noise_sigma", 1.0)).to(network.device, network.dtype)
-    kept, last = torch.empty_like(latents), int(stop.max())
-    for step, timestep in enumerate(scheduler.timesteps[: last + 1]):
-        scale = getattr(scheduler, "scale_model_input", lambda inputs, timestep: inputs)
-        inputs = scale(latents, timestep)
-        kept[stop == step] = inputs[stop == step]
-        if step < last:
-            branches = guidance.branches(step / num_steps)
-            inputs = torch.cat([inputs] * len(branches))
-            output = family(pipe).predict(pipe, inputs, timestep, concatenate(branches))
-            guided = guidance.combine(output.chunk(len(branches)), step).to(latents.dtype)
-            latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+    scheduler, kept = pipe.scheduler, torch.empty_like(noise, device=denoiser(pipe).device, dtype=denoiser(pipe).dtype)
+    walk = trajectory(pipe, guidance, noise, num_steps)
+    for step, latents in zip(range(int(stop.max()) + 1), walk, strict=False):  # no step is taken after the last stop
+        kept[stop == step] = scaled(pipe, latents, scheduler.timesteps[step])[stop == step]
     return Noisy(kept, scheduler.timesteps[stop])
 
 
