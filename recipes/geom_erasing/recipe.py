@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from anabranch.data.images import Images, open_images
 from anabranch.data.marks import glyph
@@ -45,7 +46,7 @@ POLICIES = {
 }
 OTHERWISE = ("none", "name")
 ATTACKED = "new places, long"
-PICTURES = 24
+COLUMNS = 40
 REFERENCE = 10_000
 
 
@@ -79,8 +80,7 @@ def run_arm(bench: Bench, arm: str, reference: np.ndarray, folder: Path) -> dict
     policies = {}
     for policy, pixels in draw_policies(bench, made, POLICIES.get(arm, OTHERWISE)).items():
         policies[policy] = numbers(score(bench, pixels), reference)
-        strip = pixels[:PICTURES, 0].permute(1, 0, 2).reshape(pixels.shape[-2], -1)
-        Image.fromarray(strip.numpy()).save(folder / f"{arm}-{policy}.png".replace(" ", "-"))
+        sheet(pixels).save(folder / f"{arm}-{policy}.png".replace(" ", "-"))
     control = place_control(bench, made) if made.prepared else None
     if arm == ATTACKED:
         publish(bench, made, folder / "adapter")
@@ -102,9 +102,17 @@ def publish(bench: Bench, made: Made, folder: Path) -> None:
     save_adapter(made.pipe, folder, made.words, made.prepared.attached, found, config)
 
 
+def sheet(pixels: Tensor) -> Image.Image:
+    """Every picture (N, 1, H, W) in rows of COLUMNS, so that whatever is asked of them later can be."""
+    rows = [row[:, 0].permute(1, 0, 2).reshape(pixels.shape[-2], -1) for row in pixels.split(COLUMNS)]
+    padded = [nn.functional.pad(row, (0, rows[0].shape[1] - row.shape[1])) for row in rows]
+    return Image.fromarray(torch.cat(padded).numpy())
+
+
 def numbers(scored: Scored, reference: np.ndarray) -> dict[str, Any]:
     return {
         "hits": "".join("01"[hit] for hit in scored.hits.tolist()),
+        "broken": "".join("01"[hit] for hit in scored.broken.tolist()),
         "second": "".join("01"[hit] for hit in scored.second.tolist()),
         "right": float(scored.right.float().mean()),
         "frechet": float(frechet(reference, scored.features.numpy())),

@@ -51,11 +51,15 @@ def read_header(path: Path) -> tuple[int, int, bool]:
 def decode(path: Path, image_size: int, channels: int) -> np.ndarray:
     """(C, S, S) uint8; raises one of `UNREADABLE`."""
     with path.open("rb") as file, open_picture(file) as picture:
-        picture.load()
-        picture = on_white(to_8_bit(upright(picture)))
-        picture = picture.convert("L" if channels == 1 else "RGB")
-        picture = ImageOps.fit(picture, (image_size, image_size), method=Image.Resampling.BICUBIC)
-        return np.asarray(picture).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+        plain = whole(picture, "L" if channels == 1 else "RGB")
+        plain = ImageOps.fit(plain, (image_size, image_size), method=Image.Resampling.BICUBIC)
+        return np.asarray(plain).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+
+
+def whole(picture: Image.Image, mode: str) -> Image.Image:
+    """All of its pixels, 8 bit, upright, on white: neither cut nor resized."""
+    picture.load()
+    return on_white(to_8_bit(upright(picture))).convert(mode)
 
 
 def upright(picture: Image.Image) -> Image.Image:

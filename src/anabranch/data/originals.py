@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anabranch.data.decode import UNREADABLE, explain, on_white, open_picture, sha256_of, to_8_bit, upright
+from anabranch.data.decode import UNREADABLE, explain, open_picture, sha256_of, whole
 from anabranch.data.images import BadImage
 
 PLAIN_MODES = ("RGB", "L", "P", "1")
@@ -35,9 +35,8 @@ def read_original(path: Path, file: str) -> Original:
     """Raises one of `UNREADABLE`."""
     content = path.read_bytes()
     with open_picture(BytesIO(content)) as picture:
-        picture.load()
         mode = "transparency" if picture.has_transparency_data else picture.mode
-        pixels = np.asarray(on_white(to_8_bit(upright(picture))).convert("RGB"))
+        pixels = np.asarray(whole(picture, "RGB"))
     digest = hashlib.sha256(content).hexdigest()
     return Original(file, pixels, digest, "" if mode in PLAIN_MODES else "16-bit" if mode.startswith("I") else mode)
 

@@ -16,14 +16,15 @@ from torch import Tensor
 from anabranch.data.streams import derived_seed
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.erase_card import baked_card
-from anabranch.jobs.erase_checks import fingerprint_of, kept, open_adapter, open_model, same_as_before
+from anabranch.jobs.erase_checks import fingerprint_of, kept, open_model, same_as_before
 from anabranch.jobs.erase_sample import draw_latents, sampling_of
 from anabranch.jobs.erase_settings import BakeSettings, SampleSettings
 from anabranch.jobs.erase_train import install, plain_values_of
 from anabranch.jobs.stages import say
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
-from anabranch.suppress.geom_erasing.adapter import CONFIG, Applied, fingerprint
+from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint
+from anabranch.suppress.geom_erasing.adapter_folder import CONFIG
 from anabranch.suppress.geom_erasing.bake import Baking, BakingBatches
 from anabranch.suppress.lora import add_lora, save_lora
 from anabranch.train.loop import TrainConfig, train
@@ -41,7 +42,7 @@ def erase_bake(settings: BakeSettings) -> dict[str, Any]:
     student, teacher = open_model(settings.model), open_model(settings.model)
     noising(student.scheduler)  # refuses what cannot be trained for
     base = fingerprint(student)
-    applied = open_adapter(teacher, settings.adapter)
+    applied = apply(teacher, settings.adapter)
     policy = policy_of(settings, applied)
     negative = applied.negative(policy, len(prompts))
     sampling_of(teacher, request(settings))

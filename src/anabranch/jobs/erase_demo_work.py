@@ -33,7 +33,8 @@ from anabranch.jobs.marked_garments import GRID, MARK, MARK_PLACES, PLATE, SIDE,
 from anabranch.models.diffusion.family import family
 from anabranch.models.diffusion.latents import to_latents
 from anabranch.suppress.attacks import relearning
-from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint, hashes, read_adapter, save_adapter
+from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint, hashes, save_adapter
+from anabranch.suppress.geom_erasing.adapter_folder import read_adapter
 from anabranch.suppress.geom_erasing.bins import covered_bins
 from anabranch.suppress.geom_erasing.erase import start_rows
 

@@ -19,6 +19,7 @@ from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.erase_arms import Arm, Judges
 from anabranch.jobs.erase_attacks import NAMES, Plan, chosen_attacks
 from anabranch.jobs.erase_bake import read_prompts
+from anabranch.jobs.erase_checks import open_model
 from anabranch.jobs.erase_eval_page import write_eval_page
 from anabranch.jobs.erase_features import open_features
 from anabranch.jobs.erase_known import calibration_of, read_known
@@ -31,9 +32,10 @@ from anabranch.jobs.progress import Progress
 from anabranch.jobs.stages import say
 from anabranch.measure.concept_ratio import Rate
 from anabranch.measure.erasure import LEVELS
-from anabranch.models.diffusion.family import image_side, open_pipeline
+from anabranch.models.diffusion.family import image_side
 from anabranch.suppress.detectors import Detector, open_detector
-from anabranch.suppress.geom_erasing.adapter import Adapter, apply, check_base, read_adapter, remove
+from anabranch.suppress.geom_erasing.adapter import apply, check_base, remove
+from anabranch.suppress.geom_erasing.adapter_folder import Adapter, read_adapter
 from anabranch.suppress.guidance import check_guidance
 from anabranch.train.metrics import MetricsWriter
 from anabranch.train.run_folder import RunFolder
@@ -51,7 +53,7 @@ def erase_eval(settings: EvalSettings) -> dict[str, Any]:
     """
     check(settings)
     lines, attacks = read_prompts(settings.prompts), chosen_attacks(settings.attacks)
-    pipe = open_pipeline(settings.model)
+    pipe = open_model(settings.model)
     adapter = None if settings.adapter is None else read_adapter(settings.adapter)
     if adapter is not None:
         check_base(pipe, adapter)
@@ -65,7 +67,7 @@ def erase_eval(settings: EvalSettings) -> dict[str, Any]:
             before = study_before(study, pipe)
             never = None
             if settings.never is not None:
-                never = study_never(study, same_size(open_pipeline(settings.never), pipe, settings), before)
+                never = study_never(study, same_size(open_model(settings.never), pipe, settings), before)
             after = None
             if settings.adapter is not None:
                 after = study_after(study, apply(pipe, settings.adapter), before, settings.policy)

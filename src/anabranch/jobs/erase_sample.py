@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anabranch.data.streams import derived_seed
 from anabranch.errors import UsageError
-from anabranch.jobs.erase_checks import open_adapter, open_model
+from anabranch.jobs.erase_checks import open_model
 from anabranch.jobs.erase_settings import SampleSettings
 from anabranch.jobs.stages import say
 from anabranch.models.diffusion.conditioning import Conditioning
@@ -25,7 +25,7 @@ from anabranch.models.diffusion.latents import to_pixels
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.suppress.detectors import contains, detect_checked, open_detector
 from anabranch.suppress.detectors.protocol import Detector
-from anabranch.suppress.geom_erasing.adapter import Applied
+from anabranch.suppress.geom_erasing.adapter import Applied, apply
 from anabranch.suppress.geom_erasing.bins import Bin, Grid, covered_bins
 from anabranch.suppress.geom_erasing.words import room, token_count
 from anabranch.suppress.guidance import Guidance, Negative, ThreeBranch, check_guidance, first_noise, sample
@@ -166,7 +166,7 @@ def erase_sample(settings: SampleSettings) -> list[dict[str, Any]]:
     refuse_other_results(settings.out, RESULT)
     pipe = open_model(settings.model)
     how = sampling_of(pipe, settings, negative_scale=settings.negative_scale, window=settings.window)
-    applied = None if settings.adapter is None else open_adapter(pipe, settings.adapter, strength=settings.strength)
+    applied = None if settings.adapter is None else apply(pipe, settings.adapter, strength=settings.strength)
     policy = "none" if applied is None else settings.policy or applied.policy
     refuse_no_ops(settings, policy)
     if policy != "none" or settings.negative:

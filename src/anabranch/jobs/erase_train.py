@@ -43,7 +43,8 @@ from anabranch.models.diffusion.latents import CHUNK, to_latents
 from anabranch.models.diffusion.noising import noising
 from anabranch.suppress.captioned import CaptionedBatches
 from anabranch.suppress.denoising import Denoising
-from anabranch.suppress.geom_erasing.adapter import CONFIG, fingerprint, hashes, save_adapter
+from anabranch.suppress.geom_erasing.adapter import fingerprint, hashes, save_adapter
+from anabranch.suppress.geom_erasing.adapter_folder import CONFIG
 from anabranch.suppress.geom_erasing.bins import Box
 from anabranch.suppress.geom_erasing.erase import Config, Prepared, prepare
 from anabranch.suppress.geom_erasing.negatives import strangers

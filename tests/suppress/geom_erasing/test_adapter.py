@@ -8,7 +8,8 @@ import torch
 from anabranch.errors import UsageError
 from anabranch.models.diffusion.family import open_pipeline, save_pipeline
 from anabranch.models.diffusion.prompts import encode_prompts
-from anabranch.suppress.geom_erasing.adapter import apply, fingerprint, hashes, read_adapter, remove, save_adapter
+from anabranch.suppress.geom_erasing.adapter import apply, fingerprint, hashes, remove, save_adapter
+from anabranch.suppress.geom_erasing.adapter_folder import read_adapter
 from anabranch.suppress.geom_erasing.bins import Grid
 from anabranch.suppress.geom_erasing.erase import Config, prepare
 from anabranch.suppress.geom_erasing.words import Vocabulary
@@ -31,7 +32,7 @@ def trained_adapter(tmp_path, name, trained="lora", publish_tokens=True):
     with torch.no_grad():
         for parameter in prepared.parameters.values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    facts = {"trained": trained, "base": base, "policy": "prior"}
+    facts = {"trained": trained, "base": base, "policy": "prior", "concept": "mark"}
     found = [bins for bins in prepared.bins if bins]
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -62,6 +63,29 @@ def test_saved_and_applied_it_makes_the_trained_pipelines_pictures_and_removed_i
     assert torch.equal(made(pipe, encode_prompts(pipe, ["", ""])), pictures_before)
     with pytest.raises(UsageError, match="holds no adapter"):
         remove(pipe)
+
+
+@pytest.mark.parametrize(
+    ("trained", "torn"), [("lora", "pytorch_lora_weights.safetensors"), ("denoiser", "denoiser/config.json")]
+)
+def test_what_is_torn_is_refused_and_the_pipeline_stays_as_it_was(trained, torn, tmp_path):
+    folder, _ = trained_adapter(tmp_path, "stable_diffusion_3", trained)
+    (folder / torn).write_bytes(b"torn")
+    pipe = open_pipeline(tmp_path / "model")
+    before = hashes(pipe)
+    with pytest.raises(UsageError, match="is damaged"):
+        apply(pipe, folder)
+    assert hashes(pipe) == before
+    (folder / "geom_config.json").write_text('{"format": 1', encoding="utf-8")
+    with pytest.raises(UsageError, match="is damaged"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("strength", [0, -1, float("nan"), float("inf")])
+def test_a_strength_that_would_do_nothing_is_refused(strength, tmp_path):
+    folder, _ = trained_adapter(tmp_path, "stable_diffusion")
+    with pytest.raises(UsageError, match="would do nothing"):
+        apply(open_pipeline(tmp_path / "model"), folder, strength=strength)
 
 
 STOCK = """

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from anabranch.data.captions import TEMPLATE, class_captions, read_captions
-from anabranch.data.decode import GREY_MODES, UNREADABLE, on_white, open_picture, read_header, to_8_bit, upright
+from anabranch.data.decode import GREY_MODES, UNREADABLE, open_picture, read_header, whole
 from anabranch.data.folders import in_threads, list_folder, select_all
 from anabranch.data.images import SHIPPED, BadImage, open_images
 from anabranch.errors import UsageError
@@ -91,10 +91,7 @@ def shipped_source(spec: str, template: str = TEMPLATE) -> Source:
 def read_picture(path: Path) -> Picture:
     """The whole picture; raises one of `decode.UNREADABLE`."""
     with path.open("rb") as file, open_picture(file) as picture:
-        picture.load()
-        mode = picture.mode
-        whole = on_white(to_8_bit(upright(picture))).convert("L" if mode in GREY_MODES else "RGB")
-        return Picture(np.asarray(whole), mode)
+        return Picture(np.asarray(whole(picture, "L" if picture.mode in GREY_MODES else "RGB")), picture.mode)
 
 
 def png_names(files: Sequence[str]) -> tuple[str, ...]:

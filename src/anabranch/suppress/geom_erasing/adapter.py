@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError, did_you_mean
@@ -27,39 +26,25 @@ from anabranch.models.diffusion.conditioning import Conditioning
 from anabranch.models.diffusion.family import denoiser, encoders, family, networks, quiet
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.models.diffusion.tokens import Attached, attach, detach
-from anabranch.suppress.geom_erasing.bins import Bin, Grid
+from anabranch.suppress.geom_erasing.adapter_folder import (
+    CONFIG,
+    FORMAT,
+    NEGATIVE,
+    TOKENS,
+    WHOLE,
+    Adapter,
+    damage_told,
+    read_adapter,
+    ready_negatives,
+)
+from anabranch.suppress.geom_erasing.bins import Bin
 from anabranch.suppress.geom_erasing.negatives import negative_prompts
 from anabranch.suppress.geom_erasing.words import Vocabulary, room, token_count
 from anabranch.suppress.lora import load_lora, remove_lora, save_lora
 from anabranch.train.touch import digest
 
-TOKENS, NEGATIVE, CONFIG, WHOLE = "geom_tokens.safetensors", "negative.safetensors", "geom_config.json", "denoiser"
-FORMAT = 1
 READY = ("name", "prior", "all")
 """Policies whose negative prompt is the same for every picture, so that it can lie ready in a file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """The folder, read."""
-
-    folder: Path
-    vocabulary: Vocabulary
-    rows: dict[str, Tensor] | None
-    """Embeddings of the new words by encoder, (n, d); None where they were not published."""
-    training_bins: list[list[Bin]]
-    """Of the images that contained the concept: each set of bins once, with how often in `counts`."""
-    counts: list[int]
-    config: dict[str, Any]
-
-    @property
-    def trained(self) -> str:
-        """lora, denoiser, tokens; or baked, a LoRA that needs no negative prompt."""
-        return str(self.config["trained"])
-
-    @property
-    def has_lora(self) -> bool:
-        return self.trained in ("lora", "baked")
 
 
 @dataclass(kw_only=True)
@@ -155,7 +140,7 @@ def save_adapter(
     *,
     publish_tokens: bool = True,
 ) -> None:
-    """Fill an empty folder. `config` has at least trained and base (the fingerprint from before training)."""
+    """Fill an empty folder. `config` has at least trained, concept and base (the fingerprint from before training)."""
     if config["trained"] == "lora":
         save_lora(pipe, folder)
     elif config["trained"] == "denoiser":
@@ -200,48 +185,6 @@ def save_negatives(applied: Applied, folder: Path) -> None:
     save_file(tensors, folder / NEGATIVE)
 
 
-def ready_negatives(folder: Path) -> dict[str, Conditioning]:
-    tensors = load_file(folder / NEGATIVE)
-    return {
-        name: Conditioning(embeds=tensor, pooled=tensors.get(f"{name}.pooled"))
-        for name, tensor in tensors.items()
-        if not name.endswith(".pooled")
-    }
-
-
-def read_adapter(folder: str | Path) -> Adapter:
-    """
-    Raises:
-        UsageError: not a folder that `anabranch erase train` wrote, or of a later format.
-    """
-    folder = Path(folder)
-    file = folder / CONFIG
-    if not file.is_file():
-        raise UsageError(
-            f"{folder} is not an adapter",
-            expected=f"a folder with {CONFIG}",
-            received="no such folder" if not folder.is_dir() else "a folder without it",
-            hint="anabranch erase train writes one",
-        )
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("format") != FORMAT:
-        raise UsageError(f"{file}: another format", expected=FORMAT, received=config.get("format"))
-    vocabulary = Vocabulary(name=config["name"], grid=Grid(*config["grid"]), new_name=config["new_name"])
-    rows = None
-    if (folder / TOKENS).is_file():
-        tensors = load_file(folder / TOKENS)
-        names = list(dict.fromkeys(key.partition("/")[0] for key in tensors))
-        rows = {name: torch.stack([tensors[f"{name}/{word}"] for word in vocabulary.words()]) for name in names}
-    return Adapter(
-        folder=folder,
-        vocabulary=vocabulary,
-        rows=rows,
-        training_bins=[[(m, n) for m, n in bins] for bins in config["training_bins"]],
-        counts=config["training_counts"],
-        config=config,
-    )
-
-
 def apply(pipe: Any, folder: str | Path, *, policy: str | None = None, strength: float = 1.0) -> Applied:
     """Put an adapter into a pipeline of the model that it was made for.
 
@@ -249,8 +192,15 @@ def apply(pipe: Any, folder: str | Path, *, policy: str | None = None, strength:
     strength   of the LoRA.
 
     Raises:
-        UsageError: another model, an adapter that is in already, or a strength that would do nothing.
+        UsageError: another model, a damaged adapter, one that is in already, or a strength that would do nothing.
     """
+    if not 0 < strength < float("inf"):
+        raise UsageError(
+            "this strength would do nothing, or the opposite",
+            expected="a number above 0; 1 is what was trained",
+            received=strength,
+            hint="leave the adapter out to see the model as it is",
+        )
     adapter = read_adapter(folder)
     if getattr(pipe, "_anabranch", None) is not None:
         raise UsageError("the pipeline holds an adapter already", hint="remove(pipe) first")
@@ -261,19 +211,31 @@ def apply(pipe: Any, folder: str | Path, *, policy: str | None = None, strength:
             expected=1,
             received=strength,
         )
-    old = None
     attached = None if adapter.rows is None else attach(pipe, adapter.vocabulary.words(), adapter.rows)
-    if adapter.has_lora:
-        load_lora(pipe, adapter.folder, strength)
-    elif adapter.trained == "denoiser":
-        old = denoiser(pipe)
-        with quiet():
-            new = type(old).from_pretrained(adapter.folder / WHOLE, dtype=old.dtype, local_files_only=True)
-        setattr(pipe, family(pipe).DENOISER, new.to(old.device).eval().requires_grad_(False))
+    try:
+        with damage_told(adapter.folder):
+            old = put_denoiser(pipe, adapter, strength)
+    except UsageError:
+        if attached is not None:
+            detach(pipe, attached)
+        raise
     policy = policy or str(adapter.config.get("policy", "name"))
     applied = Applied(pipe=pipe, adapter=adapter, attached=attached, policy=policy, old_denoiser=old)
     pipe._anabranch = applied
     return applied
+
+
+def put_denoiser(pipe: Any, adapter: Adapter, strength: float) -> nn.Module | None:
+    """LoRA into the denoiser, or another denoiser in its place; the old one, where it was replaced."""
+    if adapter.has_lora:
+        load_lora(pipe, adapter.folder, strength)
+    if adapter.trained != "denoiser":
+        return None
+    old: nn.Module = denoiser(pipe)
+    with quiet():
+        new = type(old).from_pretrained(adapter.folder / WHOLE, dtype=old.dtype, local_files_only=True)
+    setattr(pipe, family(pipe).DENOISER, new.to(old.device).eval().requires_grad_(False))
+    return old
 
 
 def remove(pipe: Any) -> None:
