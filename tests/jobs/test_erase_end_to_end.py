@@ -2,6 +2,7 @@
 """The commands as a person types them, on photographs that the package has never seen, for every family."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -180,6 +181,39 @@ def test_the_code_of_every_readme_runs_without_this_package_and_makes_the_same_p
             space = {}
             exec(code, space)
             assert (np.array(space["image"]) == made[name].numpy()).all(), name
+
+
+ALONE = """
+import sys
+def wall(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        raise RuntimeError(f"the network was asked: {event} {arguments}")
+sys.addaudithook(wall)
+import json
+from anabranch import cli
+sys.exit(max(cli.main(command) for command in json.loads(sys.argv[1])))
+"""
+
+
+def test_nothing_is_asked_of_the_network_where_no_switch_forbids_it(world, tmp_path):
+    root = world / "stable_diffusion"
+    model, prompts = ["--model", root / "model"], ["--prompts", world / "prompts.txt"]
+    few = ["--set", "num_latents=4", "--set", "sample_steps=2"]
+    commands = [
+        ["erase", "scan", "--images", world / "icd" / "images", "--detector", "qr", "--out", tmp_path / "labels.jsonl"],
+        ["erase", "train", *model, "--labels", world / "labels.jsonl", *SMALL, "--out", tmp_path / "adapter"],
+        ["erase", "sample", *model, "--prompt", "a bag", "--adapter", tmp_path / "adapter", "--out", tmp_path / "seen"],
+        ["erase", "bake", *model, *prompts, "--adapter", tmp_path / "adapter", "--out", tmp_path / "baked", *few],
+        ["erase", "eval", *model, *prompts, "--detector", "qr", "--concept", "mark", "--out", tmp_path / "measured",
+         "--samples", "20", "--set", "steps=2", "--set", "attacks=none"],
+    ]  # fmt: skip
+    free = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, given], cwd=tmp_path, env=free, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "measured" / "eval.json").is_file()
 
 
 def test_the_stock_pipeline_takes_no_second_negative_prompt(world):
