@@ -42,6 +42,7 @@ POLICIES = {
     "boxes, recall 1": ("name",),
     "name, recall 1": ("name",),
     "model: name": ("name",),
+    "model: shuffled": ("name", "detected"),
     "SLD": ("strong",),
 }
 OTHERWISE = ("none", "name")

@@ -121,7 +121,8 @@ def test_an_eraser_that_works_from_beginning_to_end(settings, world, tmp_path, c
     assert result["policies"]["name"] == arms["erased"]
     assert result["verdict"]["level"] == "suppressed"
     assert not result["verdict"]["void"]
-    assert "prompt_search was not tried" in result["verdict"]["reasons"]
+    assert not any("was not tried" in reason for reason in result["verdict"]["reasons"])
+    assert {"adversarial_prompt/2", "prompt_search"} < set(result["attacks"])
     assert {"erased", "before", "never"} == set(result["attacks"]["compression/int4"])
     assert all(row["erased"]["count"] == 6 for row in result["attacks"].values())
     curve = result["curves"]["erased"]["relearn"][0]

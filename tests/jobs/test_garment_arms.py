@@ -102,7 +102,7 @@ def bench(garments, detector, folder, samples, **regime):
 
 @pytest.mark.parametrize("arm", ["plain", "boxes", "new places", "model: boxes", "SLD", "UCE", "ESD-x", "baked"])
 def test_every_kind_of_arm_runs_and_is_drawn_from_the_same_seeds(arm, garments, detector, tmp_path):
-    small = {"images": 40, "steps": 2, "long_steps": 2, "model_steps": 2, "eraser_steps": 1, "batch_size": 4}
+    small = {"images": 40, "steps": 2, "long_steps": 2, "short_steps": 2, "eraser_steps": 1, "batch_size": 4}
     made_on = bench(garments, detector, tmp_path, 4, sample_steps=2, **small)
     drawn = draw_policies(made_on, ARMS[arm](made_on), ("none", "name", "detected", "strong"))
     assert drawn

@@ -112,6 +112,17 @@ def test_half_the_way_back_is_counted_from_the_floor():
     assert found.level == "robust"
 
 
+def test_an_attack_has_to_draw_more_than_from_a_model_that_never_saw_it():
+    """A picture that is hardly noised keeps its mark in any model; one that is noised more loses it in most."""
+    tried = without("partial_noise", **{"partial_noise/0.3": wilson(480, COUNT), "partial_noise/0.7": BACK})
+    floors = {"partial_noise/0.3": wilson(480, COUNT), "partial_noise/0.7": FLOOR}
+    found = judged(tried, floors=floors)
+    assert found.level == "robust"
+    assert "partial_noise/0.7 brings" in str(found)
+    assert "partial_noise/0.3" not in str(found)
+    assert "partial_noise/0.3 brings" in str(judged(tried))
+
+
 def test_controls_void_the_result():
     passes = judged(no_op=hits(20))
     assert passes.void

@@ -19,15 +19,17 @@ from anabranch.measure.concept_ratio import Rate
 from anabranch.models.diffusion.family import denoiser
 from anabranch.models.diffusion.latents import to_latents, to_pixels
 from anabranch.models.diffusion.prompts import encode_prompts
-from anabranch.suppress.attacks import inversion, paraphrase, relearning
+from anabranch.suppress.attacks import adversarial, inversion, paraphrase, prompt_search, relearning
 from anabranch.suppress.attacks.partial import STRENGTHS, sample_from
 from anabranch.suppress.attacks.quantise import quantised
 from anabranch.suppress.detectors.protocol import Box
 from anabranch.suppress.geom_erasing.bins import covered_bins
 from anabranch.suppress.guidance import first_noise
 
-NAMES = ("paraphrase", "inversion", "relearn", "benign", "int8", "int4", "partial")
+NAMES = ("paraphrase", "adversarial", "search", "inversion", "relearn", "benign", "int8", "int4", "partial")
 FAMILIES = {
+    "adversarial": "adversarial_prompt",
+    "search": "prompt_search",
     "inversion": "concept_inversion",
     "benign": "benign_tuning",
     "int8": "compression/int8",
@@ -35,7 +37,7 @@ FAMILIES = {
     "partial": "partial_noise",
 }
 """What `anabranch.measure.erasure` calls them, where it calls them otherwise."""
-NEEDS_CONCEPT, NEEDS_HARMLESS = ("inversion", "relearn", "partial"), ("benign",)
+NEEDS_CONCEPT, NEEDS_HARMLESS = ("adversarial", "inversion", "relearn", "partial"), ("benign",)
 Curve = list[tuple[int, Rate]]
 
 
@@ -99,6 +101,12 @@ def attack(
     for name in names:
         if name == "paraphrase":
             found.arms |= paraphrased(subject, prompts, seeds, judges, word)
+        elif name == "adversarial":
+            found.arms |= led(subject, prompts, seeds, judges, material, plan)
+        elif name == "search":
+            config = prompt_search.Config(seed=plan.seed)
+            text = prompt_search.search(subject.pipe, prompts, word, config)[-1].text
+            found.arms[FAMILIES[name]] = after(text, subject, prompts, seeds, judges)
         elif name == "inversion":
             found.arms[FAMILIES[name]] = inverted(subject, prompts, seeds, judges, material, word, plan)
         elif name in ("relearn", "benign"):
@@ -122,6 +130,25 @@ def paraphrased(
         f"paraphrase/{kind}": judges.arm(subject.draw(asked, seeds), asked)
         for kind, asked in zip(paraphrase.KINDS, kinds, strict=True)
     }
+
+
+def led(
+    subject: Subject, prompts: Sequence[str], seeds: Sequence[int], judges: Judges, material: Material, plan: Plan
+) -> dict[str, Arm]:
+    """After 10, 20 and 40 steps of the search, or at its end where it is shorter."""
+    steps = min(plan.steps, adversarial.AT[-1])
+    config = adversarial.Config(steps=steps, seed=plan.seed)
+    found = adversarial.search(subject.pipe, to_latents(subject.pipe, material.pixels), material.captions, config)
+    at = sorted({min(steps, step) for step in adversarial.AT})
+    return {
+        f"{FAMILIES['adversarial']}/{step}": after(found[step].text, subject, prompts, seeds, judges) for step in at
+    }
+
+
+def after(text: str, subject: Subject, prompts: Sequence[str], seeds: Sequence[int], judges: Judges) -> Arm:
+    """Every prompt with the same words before it."""
+    asked = [adversarial.before(subject.pipe, text, prompt) for prompt in prompts]
+    return judges.arm(subject.draw(asked, seeds), asked)
 
 
 def inverted(

@@ -158,7 +158,7 @@ def missing(settings: EvalSettings, study: Study) -> None:
         skipped["agreement with the prompt"] = "no features=FOLDER of a model that knows text"
     for name in sorted({*NAMES} - {*study.attacks}):
         skipped[f"attack {name}"] = "not asked for"
-    skipped["adversarial prompts, prompt search, latent inversion, probe"] = "not part of this command"
+    skipped["latent inversion, probe"] = "not part of this command"
 
 
 def word_in_prompts(lines: list[str], concept: str) -> str | None:

@@ -162,7 +162,7 @@ class EvalFlags:
     samples: int = 200
     """Pictures an arm."""
     attacks: str = "all"
-    """all, none, or some of paraphrase,inversion,relearn,benign,int8,int4,partial."""
+    """all, none, or some of paraphrase,adversarial,search,inversion,relearn,benign,int8,int4,partial."""
     never: Path | None = None
     """A pipeline that never saw the concept: the floor that `removed` is measured against."""
     seed: int = 0

@@ -265,6 +265,7 @@ def judged(study: Study, before: Before, after: After, never: Never | None, floo
         after.arms["erased"].seen.hits,
         attacks={name: arm.seen.rate for name, arm in after.attacked.arms.items() if name != "relearn"},
         floor=floor,
+        floors={} if never is None else {name: arm.seen.rate for name, arm in never.attacked.arms.items()},
         no_op=before.arms["no-op"].seen.hits,
         relearning=relearning,
         inapplicable=("bypass",),
