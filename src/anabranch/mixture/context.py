@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Context:
     ids: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name to (B,) int64: the cluster, task, or domain of each sample."""
+    """Name to (B,) int64, the cluster, task or domain of each sample; or to (B, N), the step of each token."""
     training: bool | None = None
     """Whether routers explore (gate noise). None: as the layer's own train or eval mode."""
     generator: torch.Generator | None = None
@@ -46,6 +46,8 @@ class Context:
     """(B,) positions of these samples in the global batch. None: they are the whole batch."""
     batch: int | None = None
     """Size of the global batch; goes with `rows`."""
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What layers compute from the ids alone, and share."""
     mask: Tensor | None = None
     """(B, N) bool, False for padding: such tokens count in no loss and no statistic."""
 
@@ -53,8 +55,10 @@ class Context:
         if (self.rows is None) != (self.batch is None):
             raise ValueError("rows, batch: expected both or neither, received one")
         for name, ids in self.ids.items():
-            if ids.ndim != 1 or ids.is_floating_point():
-                raise ValueError(f"ids[{name!r}]: expected integers (B,), received {ids.dtype} {tuple(ids.shape)}")
+            if ids.ndim not in (1, 2) or ids.is_floating_point():
+                raise ValueError(
+                    f"ids[{name!r}]: expected integers (B,) or (B, N), received {ids.dtype} {tuple(ids.shape)}"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +68,26 @@ class Frame:
     context: Context
     seed: int | None
 
-    def ids(self, key: str, length: int) -> Tensor:
+    def known(self, key: str) -> Tensor:
         if key not in self.context.ids:
             hint = did_you_mean(key, self.context.ids) if self.context.ids else f"Context(ids={{{key!r}: ...}})"
             raise UsageError(f"the context says nothing about the {key} of the samples", hint=hint)
-        ids = self.context.ids[key]
-        if len(ids) != length:
+        return self.context.ids[key]
+
+    def token_ids(self, key: str, batch: int, length: int) -> Tensor:
+        """(B, N), or (B, 1) where the context knows samples only."""
+        ids = self.known(key)
+        if ids.shape not in ((batch,), (batch, length)):
+            raise UsageError(
+                f"the context does not fit the batch: {key} ids of shape {tuple(ids.shape)}",
+                expected=f"({batch}, {length}), one for each token the layer received, or ({batch},)",
+                received=tuple(ids.shape),
+            )
+        return ids if ids.ndim == 2 else ids[:, None]
+
+    def ids(self, key: str, length: int) -> Tensor:
+        ids = self.known(key)
+        if ids.ndim != 1 or len(ids) != length:
             raise UsageError(
                 f"the context does not fit the batch: {len(ids)} {key} ids for {length} samples",
                 expected=f"{length} ids, one for each sample the layer received",
