@@ -22,8 +22,9 @@ def base(family="llama"):
     torch.manual_seed(0)
     if family == "gpt2":
         config = GPT2Config(
-            vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
-        )
+            vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1,
+            attn_pdrop=0, resid_pdrop=0, embd_pdrop=0,
+        )  # fmt: skip
         return GPT2LMHeadModel(config).eval()
     return LlamaForCausalLM(
         LlamaConfig(

@@ -16,7 +16,7 @@ from torch import Tensor
 from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.errors import UsageError
 from anabranch.specialize.mote.skip import Skip, attention, draw_blocks, positions
-from anabranch.specialize.mote.steps import QUESTION, Span, StepTokens, check_spans, ids_of_spans
+from anabranch.specialize.mote.steps import QUESTION, Policy, Span, StepTokens, check_spans, for_experts, ids_of_spans
 
 IGNORED = -100
 """Label of tokens that count in no loss."""
@@ -79,13 +79,15 @@ def fitting(rows: Iterable[Row], max_length: int) -> tuple[list[Row], int]:
     return kept, len(rows) - len(kept)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class StepSpanCollator:
     """Callable on a list of rows, as Trainer wants it."""
 
     tokens: StepTokens
     pad_id: int
     skip: Skip | None = None
+    question: Policy | None = "random"
+    """Who reads the question: drawn here, so that a batch is a function of its seed; None leaves it to the model."""
     side: str = "right"
     seed: int = 0
     calls: int = 0
@@ -120,6 +122,8 @@ class StepSpanCollator:
         batch["labels"] = torch.where(batch["step_ids"] >= 0, batch["input_ids"], IGNORED)
         if self.skip is not None and self.skip.mode != "none":
             batch |= self.skipped(batch["step_ids"], batch["attention_mask"], generator)
+        if self.question is not None:
+            batch["step_ids"] = for_experts(batch["step_ids"], self.question, len(self.tokens.steps), generator)
         return batch
 
     def skipped(self, step_ids: Tensor, valid: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

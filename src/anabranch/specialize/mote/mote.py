@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from anabranch.errors import UsageError
 from anabranch.mixture.context import Context, route
 from anabranch.mixture.lora import Plan, route_lora
+from anabranch.specialize.mote.collate import IGNORED
 from anabranch.specialize.mote.steps import Policy, Steps, StepTokens, add_step_tokens, for_experts
 
 SHARED = "shared"
@@ -67,8 +68,6 @@ class MoTE(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Any, config: Config, tokens: StepTokens):
         super().__init__()
         self.model, self.tokenizer, self.settings, self.tokens = model, tokenizer, config, tokens
-        self.generator = torch.Generator().manual_seed(0)
-        """Draws who reads a question in training."""
         route_lora(model, config.plan())
 
     @property
@@ -77,18 +76,50 @@ class MoTE(nn.Module):
         return self.model.config
 
     def forward(self, input_ids: Tensor, step_ids: Tensor, **options: Any) -> Any:
-        """What the language model returns; the question is read by a drawn expert in training mode."""
+        """What the language model returns; tokens of no step are read by `settings.question`."""
         if step_ids.shape != input_ids.shape:
             raise UsageError(
                 "step ids do not fit the tokens", expected=tuple(input_ids.shape), received=tuple(step_ids.shape)
             )
-        policy: Policy = "random" if self.training else self.settings.question
-        ids = for_experts(step_ids, policy, len(self.settings.steps), self.generator)
+        ids = for_experts(step_ids, self.settings.question, len(self.settings.steps))
         with route(self.model, Context(ids={"step": ids})):
             return self.model(input_ids=input_ids, **options)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+class ChainLoss(nn.Module):
+    """Objective of the training loop: a batch of `StepSpanCollator` -> {"loss": ()}, the mean over labelled tokens.
+
+    step_mean    every step counts the same, however long it is.
+    """
+
+    def __init__(self, mote: MoTE, *, step_mean: bool = False):
+        super().__init__()
+        self.held = (mote,)  # the state of this objective, hence every checkpoint, is what is trained alone
+        self.step_mean = step_mean
+        for name, parameter in mote.trained().items():
+            self.register_parameter(name.replace(".", "/"), parameter)
+
+    def train(self, mode: bool = True) -> "ChainLoss":
+        self.held[0].train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        labels = batch["labels"][:, 1:]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = self.held[0](**inputs).logits[:, :-1]
+        loss_BT = nn.functional.cross_entropy(
+            logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
+        )
+        told = labels != IGNORED
+        if not self.step_mean:
+            return {"loss": loss_BT.sum() / told.sum().clamp(min=1)}
+        steps = batch["step_ids"][:, 1:]
+        parts = [loss_BT[told & (steps == number)] for number in range(len(self.held[0].settings.steps))]
+        return {"loss": torch.stack([part.mean() for part in parts if len(part)]).mean()}
 
 
 def build(base: nn.Module, tokenizer: Any, config: Config, *, seed: int = 0) -> MoTE:

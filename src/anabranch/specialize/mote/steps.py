@@ -134,10 +134,9 @@ def check_spans(spans: Sequence[Span], length: int, steps: Steps, row: int = 0) 
     """
 
     def wrong(what: str, span: Span | None = None) -> UsageError:
-        received = f"row {row}: {span}" if span is not None else f"row {row}: {[span.step for span in spans]}"
-        return UsageError(
-            what, expected=f"steps in order within {length} tokens, the last {steps.answer}", received=received
-        )
+        received = str(span) if span is not None else ", ".join(step for step, *_ in spans) or "no steps"
+        expected = f"steps in order within {length} tokens, the last of them {steps.answer}"
+        return UsageError(f"row {row}: {what}", expected=expected, received=received)
 
     at, order = 0, -1
     for span in (Span(*values) for values in spans):
