@@ -19,7 +19,7 @@ from anabranch.jobs.erase_card import baked_card
 from anabranch.jobs.erase_checks import fingerprint_of, kept, open_model, same_as_before
 from anabranch.jobs.erase_sample import draw_latents, sampling_of
 from anabranch.jobs.erase_settings import BakeSettings, SampleSettings
-from anabranch.jobs.erase_train import install, plain_values_of
+from anabranch.jobs.erase_train import plain_values_of
 from anabranch.jobs.stages import say
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
@@ -28,6 +28,7 @@ from anabranch.suppress.geom_erasing.adapter_folder import CONFIG
 from anabranch.suppress.geom_erasing.bake import Baking, BakingBatches
 from anabranch.suppress.lora import add_lora, save_lora
 from anabranch.train.loop import TrainConfig, train
+from anabranch.train.publish import install
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
@@ -190,4 +191,4 @@ def write_baked(out: Path, student: Any, facts: dict[str, Any]) -> None:
     save_lora(student, staged)
     (staged / "README.md").write_text(baked_card(student, facts), encoding="utf-8")
     (staged / CONFIG).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    install(staged, out)
+    install(staged, out, last=CONFIG)

@@ -7,7 +7,6 @@ OUT/*                the adapter, see suppress/geom_erasing/adapter.py; geom_con
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -50,7 +49,7 @@ from anabranch.suppress.geom_erasing.erase import Config, Prepared, prepare
 from anabranch.suppress.geom_erasing.negatives import strangers
 from anabranch.suppress.geom_erasing.words import Vocabulary
 from anabranch.train.loop import TrainConfig, train
-from anabranch.train.publish import sync
+from anabranch.train.publish import install
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 from anabranch.train.touch import digest
@@ -248,20 +247,7 @@ def write_adapter(
     )  # fmt: skip
     written = json.loads((staged / CONFIG).read_text(encoding="utf-8"))
     (staged / "README.md").write_text(adapter_card(pipe, written), encoding="utf-8")
-    install(staged, out)
-
-
-def install(staged: Path, out: Path) -> None:
-    """Move files from `staged` to `out`; geom_config.json, which makes the folder an adapter, comes last."""
-    (out / CONFIG).unlink(missing_ok=True)
-    for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG):
-        if path.is_dir():
-            shutil.rmtree(out / path.name, ignore_errors=True)
-        else:
-            sync(path)
-        os.replace(path, out / path.name)
-    staged.rmdir()
-    sync(out)
+    install(staged, out, last=CONFIG)
 
 
 def tell(settings: TrainSettings, facts: dict[str, Any]) -> None:

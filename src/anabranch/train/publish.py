@@ -97,6 +97,19 @@ def replace_folder(write: Callable[[Path], None], target: Path, *, bytes_needed:
     return target
 
 
+def install(staged: Path, out: Path, *, last: str) -> None:
+    """Move files from `staged` to `out`, a run's folder; the file that makes it a result comes last."""
+    (out / last).unlink(missing_ok=True)
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir():
+            shutil.rmtree(out / path.name, ignore_errors=True)
+        else:
+            sync(path)
+        os.replace(path, out / path.name)
+    staged.rmdir()
+    sync(out)
+
+
 def remove_folder(target: Path) -> None:
     """Delete a folder so that a crash half-way leaves no torn folder under its name."""
     gone = target.parent / f".{target.name}.gone-{secrets.token_hex(4)}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from anabranch.errors import UsageError
 from anabranch.mixture.context import Context, route
 from anabranch.specialize.mote.mote import MoTE
-from anabranch.specialize.mote.steps import Budget, StepTokens, allowed, chain_of, for_experts, ids_of_tokens
+from anabranch.specialize.mote.steps import Budget, StepTokens, allowed, chain_of, ids_of_tokens
 
 BUDGET = {"analysis": 128, "guidance": 128}
 ANSWER_BUDGET = 256
@@ -75,7 +75,7 @@ def following(mote: MoTE, prompt_length: int, num_rows: int) -> Iterator[None]:
 
     `prepare_inputs_for_generation` sees the whole rows, in the order that beam search left them in.
     """
-    model, config = mote.model.get_base_model(), mote.settings
+    model = mote.model.get_base_model()
     ids: dict[str, Tensor] = {"step": torch.zeros(num_rows, dtype=torch.long)}
     prepare = model.prepare_inputs_for_generation
 
@@ -83,7 +83,7 @@ def following(mote: MoTE, prompt_length: int, num_rows: int) -> Iterator[None]:
         inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
         fed = inputs["input_ids"].shape[1]
         steps = ids_of_tokens(input_ids, mote.tokens, prompt_length)[:, -fed:]
-        ids["step"] = for_experts(steps, config.question, len(config.steps))
+        ids["step"] = mote.expert_ids(inputs["input_ids"], steps)
         return inputs
 
     model.prepare_inputs_for_generation = prepared
@@ -113,25 +113,16 @@ def generate(
     Raises:
         UsageError: no questions, a mode that goes back, or a budget of a step that there is not.
     """
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise UsageError("nothing is asked", expected="at least one question", received=len(prompts))
     steps, tokenizer = mote.settings.steps, mote.tokenizer
     chain = chain_of(mode, steps)
     limits = {name: BUDGET.get(name, ANSWER_BUDGET) for name in steps.names} | dict(budget or {})
     for name in limits:
         steps.index(name)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else mote.tokens.ends[-1]
-    length = max(map(len, prompts))
-    device = next(mote.parameters()).device
-    ids = torch.full((len(prompts), length), 0 if pad is None else pad)
-    valid = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(list(prompt))
-        valid[row, length - len(prompt) :] = 1
+    ids, valid = left_padded(prompts, pad_of(tokenizer))
+    length, device = ids.shape[1], next(mote.parameters()).device
+    end = mote.tokens.ends[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     walked = steps.names if chain is None else chain
     rule = LegalSteps(mote.tokens, length, chain, Budget(of=limits), end)
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     was_training = mote.training
     mote.eval()
     try:
@@ -140,12 +131,67 @@ def generate(
             out = mote.model.get_base_model().generate(
                 input_ids=ids.to(device), attention_mask=valid.to(device), logits_processor=[rule],
                 max_new_tokens=sum(limits[name] + 2 for name in walked), num_beams=num_beams,
-                eos_token_id=[mote.tokens.ends[-1], end], pad_token_id=end if pad is None else pad,
-                **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | drawn),
+                eos_token_id=[mote.tokens.ends[-1], end], pad_token_id=pad_of(tokenizer),
+                **sampling(temperature, top_p),
             )  # fmt: skip
     finally:
         mote.train(was_training)
     return [read_chain(row[length:].tolist(), mote.tokens, tokenizer, limits) for row in out]
+
+
+@torch.no_grad()
+def plain_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = ANSWER_BUDGET,
+    num_beams: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[Chain]:
+    """What a model without experts answers, as chains of that one step."""
+    ids, valid = left_padded(prompts, pad_of(tokenizer))
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=valid.to(device), max_new_tokens=max_new_tokens,
+            num_beams=num_beams, pad_token_id=pad_of(tokenizer), **sampling(temperature, top_p),
+        )  # fmt: skip
+    chains = []
+    for row in out[:, ids.shape[1] :].tolist():
+        length = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+        forced = () if tokenizer.eos_token_id in row else ("answer",)
+        chains.append(Chain(texts={"answer": text}, tokens=row[:length], forced=forced, spent={"answer": length}))
+    return chains
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and what of them is no padding."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise UsageError("nothing is asked", expected="at least one question", received=len(prompts))
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), pad)
+    valid = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(list(prompt))
+        valid[row, length - len(prompt) :] = 1
+    return ids, valid
+
+
+def pad_of(tokenizer: Any) -> int:
+    pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return pad
+
+
+def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Greedy at temperature 0, whatever the checkpoint's own generation settings say."""
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def read_chain(tokens: Sequence[int], known: StepTokens, tokenizer: Any, limits: Mapping[str, int]) -> Chain:

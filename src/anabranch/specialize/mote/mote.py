@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,11 @@ from anabranch.mixture.lora import Plan, route_lora
 from anabranch.specialize.mote.collate import IGNORED
 from anabranch.specialize.mote.steps import Policy, Steps, StepTokens, add_step_tokens, for_experts
 
+Assign = Literal["step", "one", "random", "token"]
 SHARED = "shared"
 MANIFEST, FORMAT = "mote.json", 1
+PLAIN = ("r", "alpha", "lora_alpha", "dropout", "shared", "question", "train_tokens", "assign")
+"""Settings that the manifest holds as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,19 @@ class Config:
     """Who reads the question outside of training."""
     train_tokens: bool = True
     """Learn the rows of the steps' tokens in the embedding, and in the head where it is another table."""
+    assign: Assign = "step"
+    """Whose expert acts on a token: its step's; or, for comparison, one for all (a plain LoRA), one drawn for every
+    token, one by the token's own id."""
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        if self.assign == "one":
+            return ("lora",)
+        return self.steps.names if self.assign == "step" else tuple(f"expert_{i}" for i in range(len(self.steps)))
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return (*self.steps.names, SHARED) if self.shared else self.steps.names
+        return (*self.experts, SHARED) if self.shared else self.experts
 
     @property
     def carrier(self) -> str:
@@ -59,7 +71,7 @@ class Config:
         return self.adapters[-1]
 
     def plan(self) -> Plan:
-        return Plan(experts=self.steps.names, universal=SHARED if self.shared else None, alpha=self.alpha)
+        return Plan(experts=self.experts, universal=SHARED if self.shared else None, alpha=self.alpha)
 
 
 class MoTE(nn.Module):
@@ -81,9 +93,17 @@ class MoTE(nn.Module):
             raise UsageError(
                 "step ids do not fit the tokens", expected=tuple(input_ids.shape), received=tuple(step_ids.shape)
             )
-        ids = for_experts(step_ids, self.settings.question, len(self.settings.steps))
-        with route(self.model, Context(ids={"step": ids})):
+        with route(self.model, Context(ids={"step": self.expert_ids(input_ids, step_ids)})):
             return self.model(input_ids=input_ids, **options)
+
+    def expert_ids(self, input_ids: Tensor, step_ids: Tensor) -> Tensor:
+        """(B, T): the expert of each token."""
+        num, assign = len(self.settings.experts), self.settings.assign
+        if assign == "step":
+            return for_experts(step_ids, self.settings.question, num)
+        if assign == "token":
+            return (input_ids * 2654435761 >> 7) % num  # Knuth's multiplicative hash: neighbours are parted
+        return torch.zeros_like(input_ids) if assign == "one" else torch.randint_like(input_ids, num)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -101,6 +121,10 @@ class ChainLoss(nn.Module):
         self.step_mean = step_mean
         for name, parameter in mote.trained().items():
             self.register_parameter(name.replace(".", "/"), parameter)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ChainLoss":
+        self.held[0]._apply(fn)  # the parameters here are the mixture's own
+        return self
 
     def train(self, mode: bool = True) -> "ChainLoss":
         self.held[0].train(mode)
@@ -180,14 +204,8 @@ def save(mote: MoTE, folder: str | Path, *, facts: Mapping[str, Any] | None = No
         "adapters": list(config.adapters),
         "steps": asdict(config.steps),
         "token_ids": list(mote.tokens.ids),
-        "alpha": config.alpha,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "dropout": config.dropout,
-        "shared": config.shared,
         "targets": config.targets if isinstance(config.targets, str) else list(config.targets),
-        "question": config.question,
-        "train_tokens": config.train_tokens,
+        **{name: getattr(config, name) for name in PLAIN},
         "base": fingerprint(mote.model),
         "tokenizer": tokenizer_hash(mote.tokenizer),
         **(facts or {}),
@@ -230,7 +248,10 @@ def load(base: nn.Module, folder: str | Path, *, strict: bool = True, trainable:
     config = Config(
         steps=Steps(**{key: tuple(value) for key, value in manifest["steps"].items()}),
         targets=tuple(manifest["targets"]) if isinstance(manifest["targets"], list) else manifest["targets"],
-        **{key: manifest[key] for key in ("r", "alpha", "lora_alpha", "dropout", "shared", "question", "train_tokens")},
+        **{
+            key: manifest[key]
+            for key in ("r", "alpha", "lora_alpha", "dropout", "shared", "question", "train_tokens", "assign")
+        },
     )
     if strict and manifest["base"] != fingerprint(base):
         raise UsageError(

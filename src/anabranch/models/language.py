@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal language models from a folder that transformers wrote; nothing is downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anabranch.errors import UsageError
+
+INSTALL = "pip install 'anabranch[align]'"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+"""What loaders raise on a folder that is torn; UsageError is none of them."""
+
+
+def open_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer), the model frozen, in evaluation mode, on the accelerator where there is one.
+
+    Raises:
+        UsageError: no such folder, no language model in it, a torn one, or no tokenizer.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"{folder} is not a language model",
+            expected="a folder with config.json, weights and tokenizer",
+            received="no such folder" if not folder.is_dir() else "a folder without config.json",
+            hint="model.save_pretrained(folder) writes one; nothing is downloaded here",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (*UNREADABLE, SafetensorError) as error:
+        raise UsageError(
+            f"the model {folder} cannot be opened",
+            expected="a causal language model with its tokenizer, as save_pretrained wrote them",
+            received=f"{type(error).__name__}: {str(error)[:300]}",
+            hint="copy it again; nothing is downloaded here",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval().requires_grad_(False)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model, tokenizer
