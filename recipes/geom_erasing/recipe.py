@@ -41,6 +41,7 @@ POLICIES = {
     "shuffled, new places, long": ("name",),
     "boxes, recall 1": ("name",),
     "name, recall 1": ("name",),
+    "shuffled, recall 1": ("name",),
     "model: name": ("name",),
     "model: shuffled": ("name", "detected"),
     "SLD": ("strong",),

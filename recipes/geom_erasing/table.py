@@ -23,7 +23,14 @@ def main(out: Path) -> None:
     seeds = sorted(int(folder.name.removeprefix("seed-")) for folder in out.glob("seed-*"))
     found = {seed: {file.stem: read(file) for file in (out / f"seed-{seed}").glob("*.json")} for seed in seeds}
     print(f"ICR in %, n = {count(found)} pictures a base and row; bases {', '.join(map(str, seeds))}\n")
-    heads = [*(f"base {seed}" for seed in seeds), "mean", "other detector", "right garment", "Frechet"]
+    heads = [
+        *(f"base {seed}" for seed in seeds),
+        "mean",
+        "broken ones too",
+        "other detector",
+        "right garment",
+        "Frechet",
+    ]
     print(row(["arm", "negative", *heads, "mark at the place asked for"]))
     print(row(["---"] * (4 + len(heads) - 1)))
     for arm in ARMS:
@@ -70,22 +77,34 @@ def policies(found: dict[int, Any], arm: str) -> list[str]:
 
 
 def bits(found: dict[int, Any], seed: int, arm: str, policy: str, which: str = "hits") -> np.ndarray | None:
-    if arm not in found[seed]:
-        return None
-    return np.array([int(bit) for bit in found[seed][arm]["policies"][policy][which]])
+    told = found[seed].get(arm, {"policies": {}})["policies"].get(policy, {})
+    return np.array([int(bit) for bit in told[which]]) if which in told else None
 
 
 def cells(found: dict[int, Any], seeds: list[int], arm: str, policy: str) -> list[str]:
     hits = [bits(found, seed, arm, policy) for seed in seeds]
     rates = ["–" if h is None else percent(h) for h in hits]
     known = [found[seed][arm] for seed in seeds if arm in found[seed]]
-    second = [100 * bits(found, seed, arm, policy, "second").mean() for seed in seeds if arm in found[seed]]
+    broken, second = (shares(found, seeds, arm, policy, which) for which in ("broken", "second"))
     right = [100 * arms["policies"][policy]["right"] for arms in known]
     distance = [arms["policies"][policy]["frechet"] for arms in known]
     control = [arms["place_control"] for arms in known if arms["place_control"]]
     there = [f"{100 * c['drawn']:.0f} / {100 * c['in_place']:.0f}" for c in control] if policy == "none" else []
     means = [100 * h.mean() for h in hits if h is not None]
-    return [*rates, spread(means), spread(second), spread(right), spread(distance, 2), ", ".join(there) or "–"]
+    return [
+        *rates,
+        spread(means),
+        spread(broken),
+        spread(second),
+        spread(right),
+        spread(distance, 2),
+        ", ".join(there) or "–",
+    ]
+
+
+def shares(found: dict[int, Any], seeds: list[int], arm: str, policy: str, which: str) -> list[float]:
+    hits = [bits(found, seed, arm, policy, which) for seed in seeds]
+    return [100 * float(h.mean()) for h in hits if h is not None]
 
 
 def percent(hits: np.ndarray) -> str:
@@ -96,14 +115,14 @@ def percent(hits: np.ndarray) -> str:
 def spread(values: list[float], digits: int = 1) -> str:
     """The mean over bases with its interval; alone while there are fewer than three."""
     if len(values) < 3:
-        return ", ".join(f"{value:.{digits}f}" for value in values)
+        return "–" if not values else ", ".join(f"{value:.{digits}f}" for value in values)
     found = interval(values)
     return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def contract(found: dict[int, Any], seeds: list[int]) -> list[str]:
     """What was asked for before the table was made, base by base."""
-    lines = []
+    lines = [line for seed in seeds for line in full_recall(found, seed)]
     for seed in seeds:
         if not {"boxes", "name", "shuffled", "plain"} <= found[seed].keys():
             continue
@@ -127,6 +146,20 @@ def contract(found: dict[int, Any], seeds: list[int]) -> list[str]:
         gain = paired_difference(name, boxes)
         lines.append(f"base {seed}: {said}; paired gain of boxes over the name {100 * gain.difference:+.1f} points "
                      f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]")  # fmt: skip
+    return lines
+
+
+def full_recall(found: dict[int, Any], seed: int) -> list[str]:
+    """The same comparison where the detector of the labels misses nothing."""
+    lines, boxes = [], bits(found, seed, "boxes, recall 1", "name")
+    for control in ("name", "shuffled"):
+        other = bits(found, seed, f"{control}, recall 1", "name")
+        if boxes is not None and other is not None:
+            gain = paired_difference(other, boxes)
+            holds = "holds" if boxes.mean() <= MUST * other.mean() else "**does not hold**"
+            points = f"{100 * gain.difference:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+            told = f"boxes / {control} {boxes.mean() / other.mean():.2f} (p = {mcnemar(other, boxes):.1e}): {holds}"
+            lines.append(f"base {seed}, recall 1: {told}; paired gain {points}")
     return lines
 
 

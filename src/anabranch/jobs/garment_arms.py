@@ -185,9 +185,9 @@ def filtered(bench: Bench) -> Made:
     return Made(pipe=pipe, negatives={"none": bench.nothing})
 
 
-def masked(bench: Bench) -> Made:
+def masked(bench: Bench, recall: float | None = None) -> Made:
     pipe = bench.open()
-    where = {"boxes": bench.labels(), "size": SIDE, "grid": GRID}
+    where = {"boxes": bench.labels(recall), "size": SIDE, "grid": GRID}
     run(bench, *masked_loss.training(
         pipe, plain_config(bench), bench.latents, bench.world.captions, **where, **batch(bench)
     ))  # fmt: skip
@@ -365,6 +365,8 @@ ARMS: dict[str, Callable[[Bench], Made]] = {
     "filtering": filtered,
     "masked loss": masked,
     "name, recall 1": lambda bench: geom(bench, name_only(bench.labels(1.0))),
+    "shuffled, recall 1": lambda bench: geom(bench, shuffled(bench.labels(1.0), bench.seed)),
+    "masked loss, recall 1": lambda bench: masked(bench, 1.0),
     "boxes, recall 1": lambda bench: geom(bench, bench.labels(1.0)),
     "model: boxes": model_removal,
     "model: name": lambda bench: model_removal(bench, name_only(bench.labels())),
