@@ -53,7 +53,9 @@ def test_an_unknown_cluster_is_an_error_with_the_known_ones(layer, x):
 
 
 def test_ids_that_are_no_ids_are_refused():
-    with pytest.raises(ValueError, match=r"ids\['cluster'\]: expected integers \(B,\) or \(B, N\), received torch.float32 \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"ids\['cluster'\]: expected integers \(B,\) or \(B, N\), received torch.float32 \(2,\)"
+    ):
         Context(ids={"cluster": torch.rand(2)})
 
 

@@ -72,7 +72,7 @@ def route_lora(model: nn.Module, plan: Plan) -> list[str]:
         check(name, layer, plan)
     for layer in layers.values():
         become_routed(layer)
-        layer.plan, layer.slot, layer.stacked = plan, Slot(), None
+        layer.plan, layer.slot = plan, Slot()
     return list(layers)
 
 
@@ -86,7 +86,7 @@ def unroute_lora(model: nn.Module) -> None:
     """PEFT's own layers again."""
     for module in model.modules():
         if isinstance(module, RoutedLora):
-            del module.plan, module.slot, module.stacked
+            del module.plan, module.slot
             module.__class__ = module.kind  # type: ignore[assignment]
 
 
@@ -122,7 +122,6 @@ class RoutedLora(nn.Module):
     plan: Plan
     slot: Slot
     kind: type[nn.Module]
-    stacked: "Stacked | None"
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
@@ -147,7 +146,7 @@ class RoutedLora(nn.Module):
             return y + by_segment(self, x, ids).to(y.dtype)
         if self.plan.path == "gathered":
             return y + gathered(self, x, ids).to(y.dtype)
-        A, B = stacks(self)
+        A, B = stacks(self, frame)
         hidden = nn.functional.linear(x, A) * rank_mask(frame, self.plan, ids, len(A), x)
         return y + nn.functional.linear(hidden, B).to(y.dtype)
 
@@ -174,22 +173,20 @@ def rank_mask(frame: Frame, plan: Plan, ids: Tensor, ranks: int, x: Tensor) -> T
     return mask
 
 
-@dataclass(frozen=True, eq=False)
-class Stacked:
-    A: Tensor  # (names x r, I)
-    B: Tensor  # (O, names x r), times the scaling
-    versions: tuple[tuple[int, int], ...]
+def stacks(layer: Any, frame: Frame) -> tuple[Tensor, Tensor]:
+    """All A below one another (names x r, I), all s B beside one another (O, names x r).
 
-
-def stacks(layer: Any) -> tuple[Tensor, Tensor]:
-    """All A below one another, all s B beside one another; kept between passes while nothing learns."""
-    pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in layer.plan.names]
-    versions = tuple((id(part), part._version) for pair in pairs for part in pair)
-    if layer.stacked is not None and not torch.is_grad_enabled() and layer.stacked.versions == versions:
-        return layer.stacked.A, layer.stacked.B
-    A = torch.cat([a for a, _ in pairs])
-    B = torch.cat([b * layer.scaling[name] for name, (_, b) in zip(layer.plan.names, pairs, strict=True)], dim=1)
-    layer.stacked = None if torch.is_grad_enabled() else Stacked(A, B, versions)
+    Where nothing learns they are made once a context: a generation is one, however many tokens it has.
+    """
+    memo = frame.context.memo
+    if not torch.is_grad_enabled() and (kept := memo.get(id(layer))) is not None:
+        A, B = kept
+        return A, B
+    names = layer.plan.names
+    A = torch.cat([layer.lora_A[name].weight for name in names])
+    B = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
+    if not torch.is_grad_enabled():
+        memo[id(layer)] = (A, B)
     return A, B
 
 

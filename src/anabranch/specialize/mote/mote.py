@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from anabranch.errors import UsageError
 from anabranch.mixture.context import Context, route
 from anabranch.mixture.lora import Plan, route_lora
+from anabranch.mixture.token_rows import light_token_rows
 from anabranch.specialize.mote.collate import IGNORED
 from anabranch.specialize.mote.steps import Policy, Steps, StepTokens, add_step_tokens, for_experts
 
@@ -81,6 +82,7 @@ class MoTE(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.settings, self.tokens = model, tokenizer, config, tokens
         route_lora(model, config.plan())
+        light_token_rows(model)
 
     @property
     def config(self) -> Any:

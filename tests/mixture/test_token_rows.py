@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained rows of an embedding: the same as PEFT's in values and gradients."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from anabranch.mixture.token_rows import light_token_rows
+
+TOKENS = torch.tensor([[36, 1, 2, 38], [5, 36, 36, 7]])
+
+
+def adapted(tied):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    rows = [36, 38] if tied else {"embed_tokens": [36, 38], "lm_head": [38, 36]}
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, trainable_token_indices=rows))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tokens_delta" in name or "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model.eval()
+
+
+def values(model):
+    model.zero_grad()
+    loss = model(TOKENS, labels=TOKENS)
+    loss.loss.backward()
+    return loss.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_values_and_gradients_are_those_of_peft(tied):
+    model = adapted(tied)
+    expected, gradients = values(copy.deepcopy(model))
+    names = light_token_rows(model)
+    assert len(names) == 2
+    assert light_token_rows(model) == names
+    received, ours = values(model)
+    torch.testing.assert_close(received, expected)
+    assert ours.keys() == gradients.keys()
+    torch.testing.assert_close(ours, gradients)
+    assert any("tokens_delta" in name for name in ours)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_switched_off_and_merged_it_is_peft_s_own(tied):
+    model = adapted(tied)
+    light_token_rows(model)
+    on = model(TOKENS).logits
+    with model.disable_adapter():
+        off = model(TOKENS).logits
+    assert not torch.allclose(on, off)
+    torch.testing.assert_close(model(TOKENS).logits, on)
+    model.merge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, on, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_trained_rows_is_left_alone():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    assert light_token_rows(model) == []
