@@ -258,11 +258,24 @@ def drawn_again(bench: Bench, made: Made) -> Tensor:
     return first
 
 
-def free_places(bench: Bench, marks: int = 1) -> Made:
-    """Marks anywhere, not on the patches of the model; `marks` of them in a picture."""
+def anywhere(bench: Bench, marks: int = 1) -> World:
+    """Marks at any place, not on the patches of the model alone; `marks` of them in a picture."""
     world = clean_world(bench.images.take(torch.arange(bench.regime.images)))
     for number in range(marks):
         world = with_mark(world, bench.regime.ratio, 5000 + bench.seed + 100 * number, places=None)
+    return world
+
+
+def plain_anywhere(bench: Bench) -> Made:
+    """The same pictures, fine-tuned on without any word."""
+    world, pipe = anywhere(bench), bench.open()
+    parts = plain.training(pipe, plain_config(bench), to_latents(pipe, world.pixels), world.captions, **batch(bench))
+    run(bench, *parts, steps=bench.regime.long_steps)
+    return replace(untouched(bench), pipe=pipe)
+
+
+def free_places(bench: Bench, marks: int = 1) -> Made:
+    world = anywhere(bench, marks)
     options = {"world": world, "latents": to_latents(bench.open(), world.pixels), "words": NEW_WORDS}
     return geom(bench, bench.labels(world=world), **options, steps=bench.regime.long_steps)
 
@@ -386,6 +399,7 @@ ARMS: dict[str, Callable[[Bench], Made]] = {
     "boxes, recall 0.3": lambda bench: geom(bench, bench.labels(0.3)),
     "new places": lambda bench: new_places(bench, steps=bench.regime.steps),
     "shuffled, new places, long": lambda bench: new_places(bench, shuffled(bench.labels(), bench.seed)),
+    "plain, free places": plain_anywhere,
     "free places": free_places,
     "two marks": lambda bench: free_places(bench, marks=2),
     "boxes, LoRA": lambda bench: geom(bench, trained="lora"),
