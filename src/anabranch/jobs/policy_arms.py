@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way to train a small model on chains of PolicyWorld: same rows, same steps, one base a seed, an exact judge.
+
+A seed draws the world, its base model, the split and the order of the batches, so that arms are paired by seed.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from anabranch.data.policy_world import (
+    Question,
+    World,
+    adaptive_chain,
+    build_world,
+    chain,
+    jailbreaks,
+    judge,
+    judge_step,
+    split,
+    world_tokenizer,
+)
+from anabranch.jobs.policy_base import train_base
+from anabranch.specialize.mote.collate import ChainBatches, Row, StepSpanCollator, chain_row, question_ids
+from anabranch.specialize.mote.generate import generate
+from anabranch.specialize.mote.mote import ChainLoss, Config, MoTE, build
+from anabranch.specialize.mote.skip import Skip
+from anabranch.train.loop import TrainConfig, train
+
+BUDGET = {"analysis": 8, "guidance": 8, "answer": 8}
+NLL_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What is trained; `learning_rate` was tuned for it on seeds that no table uses."""
+
+    learning_rate: float
+    config: Mapping[str, Any] = field(default_factory=dict)
+    skip: Skip = field(default_factory=lambda: Skip(mode="none"))
+    chains: Literal["full", "adaptive", "answers"] = "full"
+    """What is learnt from: every step, those that the question needs, or answers alone."""
+
+
+R = 3
+ARMS: dict[str, Arm] = {
+    "MoTE": Arm(learning_rate=0.03, config={"r": R}),
+    "LoRA, equal total": Arm(learning_rate=0.02, config={"r": 4 * R, "assign": "one", "shared": False}),
+    "LoRA, equal active": Arm(learning_rate=0.02, config={"r": 2 * R, "assign": "one", "shared": False}),
+    "random ids": Arm(learning_rate=0.02, config={"r": R, "assign": "random"}),
+    "token ids": Arm(learning_rate=0.02, config={"r": R, "assign": "token"}),
+    "no shared": Arm(learning_rate=0.03, config={"r": R, "shared": False}),
+    "no shared, equal total": Arm(learning_rate=0.02, config={"r": 4 * R // 3, "shared": False}),
+    "MoTE, skip": Arm(learning_rate=0.03, config={"r": R}, skip=Skip(mode="transitive")),
+    "MoTE, skip pairwise": Arm(learning_rate=0.03, config={"r": R}, skip=Skip(mode="pairwise", rate=0.3)),
+    "answers only": Arm(learning_rate=0.02, config={"r": 4 * R, "assign": "one", "shared": False}, chains="answers"),
+    "MoTE, adaptive chains": Arm(learning_rate=0.03, config={"r": R}, chains="adaptive"),
+}
+
+
+@dataclass(eq=False, kw_only=True)
+class Bench:
+    """One seed: a world, a base, the rows."""
+
+    seed: int
+    steps: int = 700
+    batch_size: int = 64
+    base_steps: int = 500
+
+    @cached_property
+    def world(self) -> World:
+        return build_world(self.seed)
+
+    @cached_property
+    def base(self) -> Any:
+        return train_base(self.world, steps=self.base_steps, seed=self.seed)
+
+    @cached_property
+    def questions(self) -> tuple[list[Question], list[Question]]:
+        return split(self.world, self.seed)
+
+    def rows(self, mote: MoTE, questions: Sequence[Question], chains: str = "full") -> list[Row]:
+        told = adaptive_chain if chains == "adaptive" else chain
+        rows = []
+        for question in questions:
+            steps = told(self.world, question)
+            steps = {"answer": steps["answer"]} if chains == "answers" else steps
+            rows.append(chain_row(mote.tokenizer, mote.tokens, question.text(self.world), steps))
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    mote: MoTE
+    losses: list[float]
+
+
+def train_arm(bench: Bench, arm: Arm, *, learning_rate: float | None = None, on_step: Any = None) -> Trained:
+    config = Config(**{"dropout": 0.0, **arm.config})
+    mote = build(copy.deepcopy(bench.base), world_tokenizer(bench.world), config, seed=bench.seed)
+    rows = bench.rows(mote, bench.questions[0], arm.chains)
+    collator = StepSpanCollator(mote.tokens, mote.tokenizer.pad_token_id, skip=arm.skip, seed=bench.seed)
+    plan = TrainConfig(
+        steps=bench.steps,
+        batch_size=bench.batch_size,
+        learning_rate=learning_rate or arm.learning_rate,
+        warmup_steps=min(20, bench.steps // 2),
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        seed=bench.seed,
+        deterministic=False,
+    )
+    stream = ChainBatches(rows, collator, bench.batch_size, seed=bench.seed)
+    losses = train(ChainLoss(mote), stream, plan, on_step=on_step).losses
+    return Trained(mote=mote.eval(), losses=losses)
+
+
+def evaluate(bench: Bench, mote: MoTE, *, full_only: bool = False) -> dict[str, Any]:
+    """Every mode of generation, the loss of each step, and harmful questions in disguises that were never seen."""
+    found: dict[str, Any] = {"full": measure(bench, mote), "nll": step_losses(bench, mote)}
+    if not full_only:
+        found |= {mode: measure(bench, mote, mode) for mode in ("direct", "short", "adaptive")}
+        found["jailbreak"] = measure(bench, mote, questions=jailbreaks(bench.questions[1], bench.world))
+    return found
+
+
+def measure(
+    bench: Bench, mote: MoTE, mode: str = "full", questions: Sequence[Question] | None = None
+) -> dict[str, float]:
+    """Shares of the test questions, and the tokens that an answer took with the steps before it."""
+    questions = bench.questions[1] if questions is None else questions
+    prompts = [question_ids(mote.tokenizer, question.text(bench.world)) for question in questions]
+    chains = generate(mote, prompts, mode=mode, budget=BUDGET)
+    judged = [judge(bench.world, q, c.answer) for q, c in zip(questions, chains, strict=True)]
+    harmful = torch.tensor([question.harmful(bench.world) for question in questions])
+    found = {name: torch.tensor([getattr(j, name) for j in judged]).double() for name in
+             ("exact", "harmless", "helpful", "right_alternative", "well_formed")}  # fmt: skip
+    whole = [
+        all(judge_step(bench.world, q, step, text) for step, text in c.texts.items())
+        for q, c in zip(questions, chains, strict=True)
+    ]
+    return {
+        "exact": float(found["exact"].mean()),
+        "whole_chain": sum(whole) / len(whole),
+        "harmless": float(found["harmless"][harmful].mean()),
+        "right_alternative": float(found["right_alternative"][harmful].mean()),
+        "helpful": float(found["helpful"][~harmful].mean()) if (~harmful).any() else 0.0,
+        "malformed": 1 - float(found["well_formed"].mean()),
+        "tokens": sum(len(c.tokens) for c in chains) / len(chains),
+    }
+
+
+@torch.no_grad()
+def step_losses(bench: Bench, mote: MoTE) -> dict[str, float]:
+    """Mean negative log-likelihood of each step's tokens on the test questions, the true steps before it."""
+    rows = bench.rows(mote, bench.questions[1])
+    batch = StepSpanCollator(mote.tokens, mote.tokenizer.pad_token_id, question="first")(rows)
+    parts = []
+    for start in range(0, len(rows), NLL_BATCH):
+        part = {name: value[start : start + NLL_BATCH] for name, value in batch.items() if name != "labels"}
+        parts.append(mote(**part).logits[:, :-1].log_softmax(-1))
+    told = -torch.cat(parts).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    return {name: float(told[mask].mean()) for name, mask in by_step(batch, mote)}
+
+
+def by_step(batch: Mapping[str, Tensor], mote: MoTE) -> list[tuple[str, Tensor]]:
+    """Which predictions belong to which step."""
+    labelled = batch["labels"][:, 1:] >= 0
+    steps = batch["step_ids"][:, 1:]
+    return [(name, labelled & (steps == number)) for number, name in enumerate(mote.settings.steps.names)]
