@@ -161,7 +161,12 @@ def build(base: nn.Module, tokenizer: Any, config: Config, *, seed: int = 0) -> 
     adapters = config.adapters
     with torch.random.fork_rng(devices=[]), quiet():
         torch.default_generator.manual_seed(seed)
-        model = peft.get_peft_model(base, lora_config(base, config, config.carrier, tokens), config.carrier)
+        try:
+            model = peft.get_peft_model(base, lora_config(base, config, config.carrier, tokens), config.carrier)
+        except ValueError as error:
+            raise UsageError(
+                "no layer is called so", expected="names of linear layers, or all-linear", received=config.targets
+            ) from error
         for name in adapters[:-1]:
             model.add_adapter(name, lora_config(base, config, name, tokens))
         model.base_model.set_adapter(list(adapters))

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `anabranch align` can be told. The first class of a pair holds the flags, the second every further setting.
+
+Light on purpose: the command line reads these without importing torch.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    model: Path = Path("model")
+    """A folder that transformers wrote, tokenizer included."""
+    chains: Path = Path("chains.jsonl")
+    """What anabranch align chain made."""
+    out: Path = Path("mote")
+    """The folder of experts to write."""
+    epochs: float = 3.0
+    """Passes over the chains; the paper's 3."""
+    r: int = 16
+    """Rank of every expert."""
+    alpha: float = 0.5
+    """Weight of a step's expert beside the shared one."""
+    learning_rate: float = 2e-5
+    """Peak; the paper's. Small models want a hundred times as much, and twice what one LoRA wants."""
+    batch_size: int = 16
+    seed: int = 0
+    resume: bool = False
+    """Go on with a run that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(TrainFlags):
+    steps: int | None = None
+    """Optimiser steps, in place of epochs."""
+    shared: bool = True
+    """One expert that acts on every token, beside those of the steps."""
+    lora_alpha: float | None = None
+    """Scale of LoRA times r; 2 r when left out."""
+    dropout: float = 0.05
+    targets: str = "all-linear"
+    """Layers, by name with commas between them, or all linear ones."""
+    question: Literal["first", "shared_only", "mean"] = "first"
+    """Who reads the question when the model is used; in training an expert is drawn for each row."""
+    skip: Literal["none", "pairwise", "transitive"] = "transitive"
+    """How steps are kept from reading earlier ones, so that a later one works without them."""
+    skip_rate: float = 0.5
+    """Share of the rows (transitive) or of the pairs of steps (pairwise)."""
+    reposition: bool = True
+    """Positions as if skipped steps were not there."""
+    step_mean: bool = False
+    """Every step counts the same in the loss, however long it is."""
+    max_length: int = 1024
+    """Tokens of a row; longer ones have lost their answer and are left out and counted."""
+    warmup_steps: int = 20
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16"] = "no"
+    checkpointing: bool = False
+    """Less memory for a third more time: blocks are computed again in the backward pass."""
+    save_every: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFlags:
+    model: Path = Path("model")
+    """The base model."""
+    experts: Path | None = None
+    """The folder that anabranch align train wrote; without it the base model answers."""
+    prompt: str = ""
+    """Ask this and end; without it questions are read from the terminal."""
+    mode: str = "adaptive"
+    """adaptive: the model chooses its steps; direct, short, full, or names such as analysis,answer."""
+    show: Literal["answer", "chain"] = "answer"
+    """chain: the steps before the answer as well, which are not meant for end users."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(ChatFlags):
+    budget: dict[str, int] = field(default_factory=dict)
+    """Tokens a step may have, such as {analysis: 64}."""
+    beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    strict: bool = True
+    """Refuse a base model that the experts were not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    model: Path = Path("model")
+    """The base model."""
+    experts: Path | None = None
+    """The folder that anabranch align train wrote; without it the base model answers."""
+    questions: Path = Path("questions.jsonl")
+    """Rows with a question, or a text file with one a line."""
+    out: Path = Path("answers.jsonl")
+    """The file to write: question, answer, chain, tokens spent."""
+    mode: str = "adaptive"
+    """adaptive: the model chooses its steps; direct, short, full, or names such as analysis,answer."""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(GenerateFlags):
+    budget: dict[str, int] = field(default_factory=dict)
+    """Tokens a step may have, such as {analysis: 64}."""
+    beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    strict: bool = True
+    """Refuse a base model that the experts were not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags:
+    model: Path = Path("model")
+    """The base model."""
+    experts: Path = Path("mote")
+    """The folder that anabranch align train wrote."""
+    out: Path = Path("fused")
+    """The folder to write: one plain LoRA a step, and how to load it."""
+    fused: bool = True
+    """Step expert and shared expert as one LoRA of twice the rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(ExportFlags):
+    strict: bool = True
+    """Refuse a base model that the experts were not trained on."""
