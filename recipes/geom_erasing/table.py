@@ -17,6 +17,8 @@ from anabranch.measure.intervals import interval
 
 MUST = 0.6
 """ICR(boxes) over that of name only and of shuffled boxes, at most."""
+SHOWN = 0.01
+"""Chance, by McNemar's test, at which a difference is taken for one."""
 
 
 def main(out: Path) -> None:
@@ -156,9 +158,10 @@ def full_recall(found: dict[int, Any], seed: int) -> list[str]:
         other = bits(found, seed, f"{control}, recall 1", "name")
         if boxes is not None and other is not None:
             gain = paired_difference(other, boxes)
-            holds = "holds" if boxes.mean() <= MUST * other.mean() else "**does not hold**"
+            chance, small = mcnemar(other, boxes), boxes.mean() <= MUST * other.mean()
+            holds = "holds" if small and chance < SHOWN else "**not shown**" if small else "**does not hold**"
             points = f"{100 * gain.difference:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-            told = f"boxes / {control} {boxes.mean() / other.mean():.2f} (p = {mcnemar(other, boxes):.1e}): {holds}"
+            told = f"boxes / {control} {boxes.mean() / other.mean():.2f} (p = {chance:.1e}): {holds}"
             lines.append(f"base {seed}, recall 1: {told}; paired gain {points}")
     return lines
 
