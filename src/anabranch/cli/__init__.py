@@ -12,7 +12,7 @@ COMMANDS = {
     "pretrain": "learn from a folder of images with experts for its clusters, or without as the control",
     "customize": "hand back, for one task, the ordinary checkpoint that serves it",
     "erase": "take out of a diffusion model what it draws unasked: scan, train, sample, eval, bake",
-    "align": "a language model that reasons in steps, one expert a step: train, chat, generate, export",
+    "align": "a language model that reasons in steps, one expert a step: chain, train, chat, generate",
     "data": "make data with a concept in it that no caption names",
     "demo": "see it all on images that ship with the package",
     "report": "build the page of a run again, finished or not",

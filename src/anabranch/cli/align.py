@@ -6,6 +6,7 @@ from importlib import import_module
 from anabranch.errors import DONE, UsageError, did_you_mean
 
 TOPICS = {
+    "chain": "let the model write its own chains: analysis, guidance, answer, checked by itself",
     "train": "learn one expert a step, and one that all share, from chains",
     "chat": "ask, and see the answer or the whole chain",
     "generate": "answer a file of questions",

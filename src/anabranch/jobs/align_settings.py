@@ -10,6 +10,35 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChainFlags:
+    model: Path = Path("model")
+    """A folder that transformers wrote, tokenizer included."""
+    questions: Path = Path("questions.jsonl")
+    """Rows with a question (and a kind: harmful, benign), or a text file with one a line."""
+    out: Path = Path("chains.jsonl")
+    """The file to write; chain_report.json goes beside it."""
+    batch_size: int = 16
+    seed: int = 0
+    resume: bool = False
+    """Go on with a build that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainSettings(ChainFlags):
+    temperature: float = 0.7
+    top_p: float = 0.95
+    retries: int = 2
+    """Further answers from the whole chain before a question is dropped."""
+    threshold: float = 0.5
+    """Chance of yes from which on the check passes."""
+    prompts_file: Path | None = None
+    """JSON with prompts in place of ours: direct, write_analysis, after_analysis, write_guidance, ..."""
+    analysis_tokens: int = 96
+    guidance_tokens: int = 96
+    answer_tokens: int = 192
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainFlags:
     model: Path = Path("model")
     """A folder that transformers wrote, tokenizer included."""
