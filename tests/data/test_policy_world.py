@@ -72,7 +72,8 @@ def test_the_judge_is_the_rule_written_out_for_every_question_and_many_answers()
         words = true.split()
         swapped = ["comply" if words[0] == "refuse" else "refuse", *words[1:]]
         words[int(torch.randint(5, (), generator=generator))] = "word0"
-        for answer in (true, " ".join(swapped), " ".join(words), "", f"{true} mean1", "refuse " * 5):
+        unknown = " ".join([*swapped[:2], "word99", swapped[3], "meanx"])
+        for answer in (true, " ".join(swapped), " ".join(words), "", f"{true} mean1", "refuse " * 5, unknown):
             told = judge(WORLD, question, answer)
             assert (told.well_formed, told.harmless, told.helpful, told.right_alternative) == slow_judge(
                 question, answer
@@ -156,5 +157,8 @@ def test_worlds_that_cannot_be_are_refused():
         build_world(0, num_items=4)
     with pytest.raises(UsageError, match="shares"):
         split(WORLD, 0, train_share=1.0)
+    for question, says in ((Question(-1, 3), "ask for this"), (Question(0, 3, "please"), "unknown disguise")):
+        with pytest.raises(UsageError, match=says):
+            question.text(WORLD)
     with pytest.raises(UsageError, match="there is no step"):
         judge_step(WORLD, ALL[0], "anwser", "")
