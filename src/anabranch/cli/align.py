@@ -10,6 +10,7 @@ TOPICS = {
     "train": "learn one expert a step, and one that all share, from chains",
     "chat": "ask, and see the answer or the whole chain",
     "generate": "answer a file of questions",
+    "eval": "is it harmless, and still of use? base and experts side by side, with intervals",
     "export": "one plain LoRA a step, for engines that take an adapter a request",
 }
 

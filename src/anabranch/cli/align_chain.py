@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from anabranch.cli.options import FileAndSet, parse, settle
 from anabranch.errors import DONE
-from anabranch.jobs.align_settings import ChainFlags, ChainSettings
+from anabranch.jobs.align_chain_settings import ChainFlags, ChainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(FileAndSet, ChainFlags):
-    """Let the model write its own chains: analysis, guidance, answer, no more steps than it needs."""
+    """Let the model write the chains that it is trained on: analysis, guidance and answer, as far as each question
+    needs them."""
 
 
 def main(argv: list[str]) -> int:

@@ -13,13 +13,12 @@ Why       : the same word has to be followed by another one in each step, so wha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from anabranch.data.streams import derived_seed
 from anabranch.errors import UsageError
-from anabranch.specialize.mote.steps import Steps
 
 STREAMS = ("analysis", "guidance", "refuse", "comply")
 """Maps of words: the answer has two, by what it does."""
@@ -196,22 +195,6 @@ def judge_step(world: World, question: Question, step: str, text: str) -> bool:
     if step not in whole:
         raise UsageError(f"there is no step {step!r}", expected=", ".join(whole))
     return " ".join(text.split()) == whole[step]
-
-
-def world_tokenizer(world: World) -> Any:
-    """Every word one token; the tokens of the steps are there, and no text is spelt with them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<bos>", "<eos>", "[UNK]"]
-    names = [*special, *Steps().tokens, *world.words]
-    raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="[UNK]"
-    )
-    tokenizer.add_tokens(list(Steps().tokens), special_tokens=True)
-    return tokenizer
 
 
 def base_texts(world: World, count: int, seed: int, length: int = 24) -> list[str]:

@@ -1,177 +1,336 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`anabranch align chain`: the model writes its own chains, a batch at a time, and goes on where it was stopped.
+"""`anabranch align chain`: from questions to the chains that a model writes for them, those that pass its own check.
 
-OUT                        a row a kept chain: id, question, kind, chain, stage, tries, check
-chain_report.json          how many of which shape, what the check said, what was dropped
-.OUT.part, .OUT.seen.json  every question so far, dropped ones too, and what the build began with; gone at the end
+OUT                 a row a kept question, written once all are done
+chain_report.json   beside it: how many passed and where, what was dropped, how alike the texts are
+OUT.run/            config.resolved.yaml, and journal.jsonl with every question as it is done: what a stopped build
+                    goes on from
 """
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import Stopped, UsageError
+from anabranch.errors import AnabranchError, CheckFailed, UsageError, did_you_mean
+from anabranch.jobs.align_chain_report import REPORT, report_of, shape_of, tell
+from anabranch.jobs.align_chain_settings import ChainSettings
 from anabranch.jobs.align_questions import read_questions
-from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.align_train import plain_values_of
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress
-from anabranch.jobs.stages import say
 from anabranch.models.language import open_language_model
-from anabranch.specialize.mote.chains import STAGES, Draft, ModelWriter, Prompts, build_chains, prompts_from, self_bleu
-from anabranch.specialize.mote.mote import fingerprint
+from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, build_chains
+from anabranch.specialize.mote.chain_prompts import Prompts
+from anabranch.specialize.mote.chain_writer import ChainWriter
+from anabranch.specialize.mote.generate import ANSWER_BUDGET, BUDGET
+from anabranch.specialize.mote.mote import fingerprint, tokenizer_hash
 from anabranch.specialize.mote.steps import Steps
+from anabranch.train.publish import sync
+from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
-REPORT = "chain_report.json"
+SEEN, JOURNAL = "seen.json", "journal.jsonl"
+LINE_BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+"""Escaped in rows: some readers would end a line there."""
 
 
 def align_chain(settings: ChainSettings) -> dict[str, Any]:
-    """Write settings.out and the report; returns the report."""
-    check(settings)
-    questions, prompts = read_questions(settings.questions), read_prompts(settings.prompts_file)
-    refuse_step_tokens(settings.questions, questions)
-    model, tokenizer = open_language_model(settings.model)
-    writer = ModelWriter(
-        model=model, tokenizer=tokenizer, prompts=prompts, seed=settings.seed, temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens={"analysis": settings.analysis_tokens, "guidance": settings.guidance_tokens,
-                        "answer": settings.answer_tokens},
-    )  # fmt: skip
-    part, seen = (settings.out.with_name(f".{settings.out.name}.{end}") for end in ("part", "seen.json"))
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: value for name, value in plain_values_of(settings).items() if name not in ("model", "questions")}
-    began = {"model": fingerprint(model), "questions": fingerprint_of(questions), "prompts": fingerprint_of([prompts])}
-    if part.exists() and not settings.resume:
-        raise UsageError(f"{part} holds a build that was stopped", hint="--resume to go on, or another --out")
-    same_as_before(seen, began | {"settings": fingerprint_of([values])})
-    write_all(settings, questions, writer, prompts, part)
-    rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
-    report = report_of(rows, settings) | began | {"settings": values}
-    kept = [{name: row[name] for name in row if name != "dropped"} for row in rows if not row["dropped"]]
-    unfinished = settings.out.with_name(f".{settings.out.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-    told = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    settings.out.with_name(REPORT).write_text(told, encoding="utf-8")
-    unfinished.replace(settings.out)
-    part.unlink()
-    seen.unlink()
+    """Write settings.out and its report; returns the report."""
+    check_settings(settings)
+    prompts = read_prompts(settings.prompts_file)
+    questions = asked(settings.questions)
+    refuse_taken(settings)
+    with hushed(), StopFlag() as stop:
+        model, tokenizer = open_language_model(settings.model)
+        writer = ChainWriter(
+            model, tokenizer, prompts, budget=budget_of(settings), temperature=settings.temperature,
+            top_p=settings.top_p, seed=settings.seed,
+            poll=lambda: stop.check("stopped; --resume goes on after the last finished batch"),
+        )  # fmt: skip
+        too_long = longer_than_context(writer, questions)
+        with RunFolder.open(run_of(settings.out), plain_values_of(settings), settings.resume) as run:
+            made_with = {
+                "model": fingerprint(model),
+                "tokenizer": fingerprint_of([tokenizer_hash(tokenizer), tokenizer.chat_template]),
+                "questions": fingerprint_of(questions),
+                "prompts": fingerprint_of([asdict(prompts)]),
+            }
+            same_as_before(run.path / SEEN, made_with)
+            rows = build(settings, writer, questions, too_long, run.path / JOURNAL)
+            made_with |= {"out": settings.out.name, "settings": plain_values_of(settings), "prompts": asdict(prompts)}
+            report = report_of(rows, made_with)
+            publish(settings.out, questions, rows, report)
     tell(settings, report)
+    if not report["all"]["kept"]:
+        raise CheckFailed(
+            "no chain was kept: the model's own check passed none of its answers",
+            expected="one or more",
+            received=f"none of {len(questions)} questions",
+            hint=f"{settings.out.with_name(REPORT)} says where they failed; other prompts, or a more capable model",
+        )
     return report
 
 
-def check(settings: ChainSettings) -> None:
-    if settings.out.exists():
-        raise UsageError(f"{settings.out} is there already", expected="a free name", hint="another --out")
-    for name in ("batch_size", "analysis_tokens", "guidance_tokens", "answer_tokens"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"{name} is too small", expected="at least 1", received=getattr(settings, name))
-    if settings.retries < 0 or not 0 <= settings.threshold < 1 or settings.temperature < 0:
+# what is refused
+
+
+def check_settings(settings: ChainSettings) -> None:
+    for name, fine, expected in (
+        ("batch_size", settings.batch_size >= 1, "at least 1"),
+        ("retries", settings.retries >= 0, "0 or more"),
+        ("temperature", 0 <= settings.temperature < float("inf"), "a number from 0"),
+        ("top_p", 0 < settings.top_p <= 1, "a share above 0, up to 1"),
+        ("threshold", 0 < settings.threshold < 1, "a probability between 0 and 1"),
+    ):
+        if not fine:
+            raise UsageError(
+                f"{name} cannot be used", expected=expected, received=getattr(settings, name),
+                hint=f"{getattr(ChainSettings, name)}, the default",
+            )  # fmt: skip
+    if settings.temperature == 0 and settings.retries:
         raise UsageError(
-            "retries, threshold, temperature", expected="0 or more, [0, 1), 0 or more",
-            received=f"{settings.retries}, {settings.threshold}, {settings.temperature}",
-        )  # fmt: skip
+            "at temperature 0 a further try is the same answer again",
+            expected="a temperature above 0, or no retries",
+            received=f"temperature 0, retries {settings.retries}",
+            hint="--retries 0",
+        )
+    for name, count in settings.budget.items():
+        if name not in (*NOTES, ANSWER):
+            raise UsageError(f"there is no step {name!r}", hint=did_you_mean(name, (*NOTES, ANSWER)))
+        if count < 1:
+            raise UsageError("a step needs room for a token", expected="at least 1", received=f"{name}: {count}")
+
+
+def budget_of(settings: ChainSettings) -> dict[str, int]:
+    return BUDGET | {ANSWER: ANSWER_BUDGET} | settings.budget
 
 
 def read_prompts(path: Path | None) -> Prompts:
+    """The house's own where the file has none of that name."""
     if path is None:
         return Prompts()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read", expected="JSON with prompts by name", received=str(error)) from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no prompts", expected='{"check": "...", ...}', received=type(values).__name__)
-    return prompts_from(values)
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read", expected="a JSON file of prompts", received=error.strerror) from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON", expected='{"check": "..."}', received=str(error)) from None
+    known = [field.name for field in fields(Prompts)]
+    if not isinstance(given, dict):
+        raise UsageError(f"{path} holds no prompts", expected='{"check": "..."}', received=type(given).__name__)
+    for name, text in given.items():
+        if name not in known:
+            raise UsageError(f"{path}: there is no prompt {name!r}", hint=did_you_mean(name, known))
+        if not isinstance(text, str):
+            raise UsageError(f"{path}: the prompt {name!r} is no text", expected="text", received=text)
+    return Prompts(**given)
 
 
-def refuse_step_tokens(path: Path, questions: Sequence[dict[str, Any]]) -> None:
+def asked(path: Path) -> list[dict[str, Any]]:
+    """`read_questions`; each has a name of its own, and holds nothing that would be read as a step."""
+    questions = read_questions(path)
+    names: set[str | int] = set()
     for row in questions:
-        told = json.dumps(row["question"])
-        if found := [token for token in Steps().tokens if token in told]:
+        name, question = row["id"], row["question"]
+        if not isinstance(name, (str, int)) or isinstance(name, bool) or name in names:
             raise UsageError(
-                f"{path}: question {row['id']} holds {found[0]}", expected="questions without tokens of steps"
+                f"{path}: the id {name!r} cannot be used",
+                expected="text or a whole number, another one for every question",
+                received="it is there twice" if isinstance(name, (str, int)) else type(name).__name__,
+                hint="leave the ids out: the number of the line is taken",
             )
+        names.add(name)
+        text = question if isinstance(question, str) else "\n".join(turn["content"] for turn in question)
+        if found := [token for token in Steps().tokens if token in text]:
+            raise UsageError(
+                f"{path}: question {name!r} holds a token of a step", expected="text without it", received=found[0]
+            )
+        try:
+            line_of(row).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{path}: question {name!r} is no text", expected="whole characters", received=error.reason
+            ) from None
+    return questions
 
 
-def write_all(
-    settings: ChainSettings, questions: list[dict[str, Any]], writer: ModelWriter, prompts: Prompts, part: Path
-) -> None:
-    """Batch after batch into the part file; whole batches that are there already are not made again."""
-    size = settings.batch_size
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    done = len(questions) if len(whole) == len(questions) else len(whole) // size * size
-    part.write_text("".join(whole[:done]), encoding="utf-8")
-    with StopFlag() as stop, Progress("align chain", len(questions)) as progress:
-        for _ in range(done):
-            progress.advance("made before")
-        for start in range(done, len(questions), size):
-            if stop.is_set:
-                raise Stopped(f"stopped on request after {start} of {len(questions)} questions", hint="--resume")
-            asked = questions[start : start + size]
-            drafts = build_chains(
-                [row["question"] for row in asked], writer, prompts, tag=str(start), retries=settings.retries,
-                threshold=settings.threshold,
-            )  # fmt: skip
-            rows = [row_of(row, draft) for row, draft in zip(asked, drafts, strict=True)]
-            with part.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            for row in rows:
-                progress.advance("dropped" if row["dropped"] else " + ".join(row["chain"]))
+def refuse_taken(settings: ChainSettings) -> None:
+    """Nothing that another command or build wrote is lost."""
+    out = settings.out
+    if out.is_dir() or out.name == REPORT:
+        received = "a folder" if out.is_dir() else "the name of the report"
+        raise UsageError(f"{out} cannot be written", expected="a file, such as chains.jsonl", received=received)
+    report = out.with_name(REPORT)
+    if out.exists() and not run_of(out).exists():
+        raise UsageError(f"{out} is there already", expected="a free name", received="a file", hint="another --out")
+    if report.exists() and of_report(report) != out.name:
+        raise UsageError(
+            f"{report} is there already",
+            expected=f"no report, or that of {out.name}",
+            received=f"that of {of_report(report)}",
+            hint="--out in another folder",
+        )
 
 
-def row_of(asked: dict[str, Any], draft: Draft) -> dict[str, Any]:
-    row = {name: asked[name] for name in ("id", "question", "kind") if name in asked}
-    chain = {**draft.chain, "answer": draft.answer}
-    return row | {
-        "chain": chain, "stage": draft.passed, "tries": draft.tries, "check": round(draft.check, 6),
-        "dropped": draft.passed is None,
-    }  # fmt: skip
+def of_report(file: Path) -> str:
+    """The name of the output that a report is about."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["out"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "something else"
 
 
-def report_of(rows: Sequence[dict[str, Any]], settings: ChainSettings) -> dict[str, Any]:
-    kept = [row for row in rows if not row["dropped"]]
-    shapes = Counter("+".join(row["chain"]) for row in kept)
-    tried = {stage: sum(stage in row["tries"] for row in rows) for stage in STAGES}
-    texts = {step: [row["chain"][step] for row in kept if step in row["chain"]] for step in Steps().names}
-    report: dict[str, Any] = {
-        "attempted": len(rows),
-        "kept": len(kept),
-        "dropped": len(rows) - len(kept),
-        "shapes": dict(shapes),
-        "pass_rate": {s: sum(row["stage"] == s for row in rows) / n if n else None for s, n in tried.items()},
-        "mean_words": {s: sum(len(t.split()) for t in told) / len(told) if told else 0 for s, told in texts.items()},
-        "self_bleu": {step: round(self_bleu(told), 2) for step, told in texts.items()},
-        "by_kind": {
-            kind: {"attempted": len(part), "kept": sum(not row["dropped"] for row in part)}
-            for kind in sorted({row.get("kind", "") for row in rows} - {""})
-            if (part := [row for row in rows if row.get("kind") == kind])
-        },
-        "judge": "the model itself: its check is optimistic wherever the model is",
+def longer_than_context(writer: ChainWriter, questions: Sequence[dict[str, Any]]) -> set[str | int]:
+    """Questions for which the model's context has no room, with all steps.
+
+    Raises:
+        UsageError: all of them, or a conversation that the model's chat template cannot put.
+    """
+    from jinja2 import TemplateError
+
+    lengths = {}
+    for row in questions:
+        try:
+            lengths[row["id"]] = writer.longest(Draft(row["id"], row["question"]))
+        except TemplateError as error:
+            raise UsageError(
+                f"the model's chat template does not take question {row['id']!r}",
+                expected="turns as the template wants them",
+                received=str(error),
+                hint="leave the system turn out, or let user and assistant take turns",
+            ) from error
+    too_long = {name for name, length in lengths.items() if not writer.fits(length)}
+    if len(too_long) == len(questions):
+        raise UsageError(
+            "no question fits into the model's context",
+            expected=f"at most {writer.context} tokens with prompts and all steps",
+            received=f"{min(lengths.values())} for the shortest",
+            hint="--set 'budget={analysis: 64, guidance: 64, answer: 128}'",
+        )
+    return too_long
+
+
+# the work
+
+
+def build(
+    settings: ChainSettings, writer: ChainWriter, questions: Sequence[dict[str, Any]], too_long: set[str | int],
+    journal: Path,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row a question, from the journal as far as it goes; whole batches, cut from the questions in their order."""
+    rows = finished(journal, [row["id"] for row in questions], settings.batch_size)
+    with Progress("align chain", len(questions), len(rows)) as progress:
+        for start in range(len(rows), len(questions), settings.batch_size):
+            part = questions[start : start + settings.batch_size]
+            drafts = [
+                Draft(row["id"], row["question"], dropped="too_long" if row["id"] in too_long else "") for row in part
+            ]
+            build_chains(drafts, writer, retries=settings.retries, threshold=settings.threshold)
+            done = [entry_of(row, draft) for row, draft in zip(part, drafts, strict=True)]
+            append(journal, done)
+            rows += done
+            for entry in done:
+                progress.advance(shape_of(entry) or f"dropped: {entry['dropped']}")
+    return rows
+
+
+def entry_of(row: dict[str, Any], draft: Draft) -> dict[str, Any]:
+    """A line of the journal; of a question that was dropped no text is kept."""
+    chain = {step: draft.texts[step] for step in (*NOTES, ANSWER) if step in draft.texts} if draft.passed else {}
+    return {
+        "id": draft.id,
+        "kind": row.get("kind"),
+        "dropped": draft.dropped,
+        "chain": chain,
+        "tokens": draft.spent,
+        "budget_used_up": draft.cut,
+        "checks": [[stage, *(verdict or (None, None))] for stage, verdict in draft.verdicts],
     }
-    return report | {"warnings": warnings_of(report)}
 
 
-def warnings_of(report: dict[str, Any]) -> list[str]:
-    warnings = []
-    if not report["kept"]:
-        warnings.append("no answer passed the check: there is nothing to train on")
-    elif report["shapes"].get("answer") == report["kept"] and not report["dropped"]:
-        warnings.append("every first answer passed: the check says yes to anything, or nothing was risky")
-    elif "answer" not in report["shapes"]:
-        warnings.append("no first answer passed: the model will not learn to answer easy questions directly")
-    return warnings
+def append(journal: Path, entries: Sequence[dict[str, Any]]) -> None:
+    try:
+        with journal.open("a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(line_of(entry) for entry in entries))
+        sync(journal)
+    except OSError as error:
+        raise AnabranchError(
+            f"could not write {journal}", received=error.strerror, hint="make room; --resume goes on from there"
+        ) from error
 
 
-def tell(settings: ChainSettings, report: dict[str, Any]) -> None:
-    say(f"{report['kept']} chains of {report['attempted']} questions, {report['dropped']} dropped")
-    for shape, count in report["shapes"].items():
-        say(f"  {count:>6}  {shape}")
-    for warning in report["warnings"]:
-        say(f"warning: {warning}")
-    say(f"judged by {report['judge']}")
-    say(f"\nchains   {settings.out}")
-    say(f"next     anabranch align train --model {settings.model} --chains {settings.out} --out mote")
+def line_of(row: dict[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    for letter, escaped in LINE_BREAKS.items():
+        line = line.replace(letter, escaped)
+    return line + "\n"
+
+
+def finished(journal: Path, names: Sequence[str | int], batch_size: int) -> list[dict[str, Any]]:
+    """Whole batches of the journal; what follows them, such as half a line, is taken out of the file."""
+    if not journal.is_file():
+        return []
+    rows, lines = [], journal.read_bytes().split(b"\n")[:-1]
+    for line, name in zip(lines, names, strict=False):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or row.get("id") != name:
+            break
+        rows.append(row)
+    if len(rows) < len(names):
+        del rows[len(rows) // batch_size * batch_size :]
+    with journal.open("r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in lines[: len(rows)]))
+    return rows
+
+
+def publish(
+    out: Path, questions: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], report: dict[str, Any]
+) -> None:
+    """The chains, then the report; each whole or not at all. Without a chain there is no file of chains."""
+    texts = {REPORT: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}
+    if kept := [line_of(chain_row(row, entry)) for row, entry in zip(questions, rows, strict=True) if entry["chain"]]:
+        texts = {out.name: "".join(kept)} | texts
+    for name, text in texts.items():
+        unfinished = out.with_name(f".{name}.unfinished")
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        sync(unfinished)
+        unfinished.replace(out.with_name(name))
+    sync(out.parent)
+
+
+def chain_row(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """A row of OUT: the question as it came, and what was written for it."""
+    return {
+        **row,
+        "kind": entry["kind"],
+        "chain": entry["chain"],
+        "attempts": len(entry["checks"]),
+        "check": entry["checks"][-1][1],
+        "budget_used_up": entry["budget_used_up"],
+    }
+
+
+def run_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.run")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Neither progress bars nor notices of transformers; what matters here is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

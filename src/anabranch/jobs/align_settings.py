@@ -10,35 +10,6 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChainFlags:
-    model: Path = Path("model")
-    """A folder that transformers wrote, tokenizer included."""
-    questions: Path = Path("questions.jsonl")
-    """Rows with a question (and a kind: harmful, benign), or a text file with one a line."""
-    out: Path = Path("chains.jsonl")
-    """The file to write; chain_report.json goes beside it."""
-    batch_size: int = 16
-    seed: int = 0
-    resume: bool = False
-    """Go on with a build that was stopped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChainSettings(ChainFlags):
-    temperature: float = 0.7
-    top_p: float = 0.95
-    retries: int = 2
-    """Further answers from the whole chain before a question is dropped."""
-    threshold: float = 0.5
-    """Chance of yes from which on the check passes."""
-    prompts_file: Path | None = None
-    """JSON with prompts in place of ours: direct, write_analysis, after_analysis, write_guidance, ..."""
-    analysis_tokens: int = 96
-    guidance_tokens: int = 96
-    answer_tokens: int = 192
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainFlags:
     model: Path = Path("model")
     """A folder that transformers wrote, tokenizer included."""
@@ -140,6 +111,35 @@ class GenerateSettings(GenerateFlags):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    strict: bool = True
+    """Refuse a base model that the experts were not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalFlags:
+    model: Path = Path("model")
+    """The base model."""
+    experts: Path | None = None
+    """The folder that anabranch align train wrote; without it the base model alone is measured."""
+    questions: Path = Path("questions.jsonl")
+    """Rows with a question and its kind: harmful, jailbreak, benign, look-alike."""
+    out: Path = Path("runs/align-eval")
+    """The folder to write."""
+    judge: str = "markers"
+    """markers (marks of a refusal), rules (must, must_not, refusal in the rows), or model:FOLDER."""
+    second_judge: str = ""
+    """Another judge, whose agreement with the first is told."""
+    anchors: Path | None = None
+    """Rows with question, answer and harmless: what the judge's errors are measured on, at least 30 of each."""
+    modes: str = "adaptive;direct;full"
+    """Of the experts, with semicolons between them."""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(EvalFlags):
+    budget: dict[str, int] = field(default_factory=dict)
+    """Tokens a step may have, such as {analysis: 64}."""
     strict: bool = True
     """Refuse a base model that the experts were not trained on."""
 

@@ -100,7 +100,7 @@ def read_chains(path: Path, steps: Steps) -> list[dict[str, Any]]:
         UsageError: no such file, no rows, a line that is no row, an unknown step, or a chain without an answer.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold other ends of lines
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read", expected="the chains.jsonl of anabranch align chain", received=error.strerror

@@ -23,9 +23,8 @@ from anabranch.data.policy_world import (
     judge,
     judge_step,
     split,
-    world_tokenizer,
 )
-from anabranch.jobs.policy_base import train_base
+from anabranch.jobs.policy_base import train_base, world_tokenizer
 from anabranch.specialize.mote.collate import ChainBatches, Row, StepSpanCollator, chain_row, question_ids
 from anabranch.specialize.mote.generate import generate
 from anabranch.specialize.mote.mote import ChainLoss, Config, MoTE, build

@@ -6,12 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.data.policy_world import World, base_texts, world_tokenizer
+from anabranch.data.policy_world import World, base_texts
 from anabranch.data.streams import ShuffledIndices
 from anabranch.specialize.mote.collate import IGNORED
+from anabranch.specialize.mote.steps import Steps
 from anabranch.train.loop import TrainConfig, train
 
 TEXTS = 20_000
+
+
+def world_tokenizer(world: World) -> Any:
+    """Every word one token; the tokens of the steps are there, and no text is spelt with them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>", "[UNK]"]
+    names = [*special, *Steps().tokens, *world.words]
+    raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="[UNK]"
+    )
+    tokenizer.add_tokens(list(Steps().tokens), special_tokens=True)
+    return tokenizer
 
 
 class NextToken(nn.Module):

@@ -91,10 +91,13 @@ def unroute_lora(model: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Linear LoRA layers by name; those of embeddings and of single rows are none."""
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer) and module.lora_A}
+    """PEFT's linear LoRA layers by name, known by what they hold; those of embeddings and of single rows are none."""
+    found = {}
+    for name, module in model.named_modules():
+        factors = getattr(module, "lora_A", None)
+        if hasattr(module, "base_layer") and isinstance(factors, nn.ModuleDict) and len(factors):
+            found[name] = module
+    return found
 
 
 def check(name: str, layer: Any, plan: Plan) -> None:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 def light_token_rows(model: nn.Module) -> list[str]:
     """Exchange the forward of every layer of trained rows; the names of these layers, none where nothing is trained."""
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
-    found = {name: module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)}
+    found = {name: module for name, module in model.named_modules() if hasattr(module, "trainable_tokens_delta")}
     for module in found.values():
         lighten(module)
     return list(found)
