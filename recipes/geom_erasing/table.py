@@ -41,7 +41,7 @@ def main(out: Path) -> None:
     print()
     for line in contract(found, seeds):
         print(f"* {line}")
-    evaluated = {file.parent.name.removeprefix("eval-"): read(file) for file in sorted(out.glob("eval-*/eval.json"))}
+    evaluated = {folder.name.removeprefix("eval-"): evaluation(folder) for folder in sorted(out.glob("eval-*"))}
     if evaluated:
         print()
         attacks(evaluated)
@@ -58,6 +58,14 @@ def attacks(evaluated: dict[str, Any]) -> None:
         found = [e["attacks"][attack] for e in evaluated.values()]
         print(row([attack, *(rates(f["erased"], f["before"], f["never"]) for f in found)]))
     print(row(["verdict", *(e["verdict"]["level"] for e in evaluated.values())]))
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    """eval.json, with the attacks that were made in a run of their own beside the others."""
+    told, later = read(folder / "eval.json"), folder / "adversarial.json"
+    if later.exists():
+        told["attacks"] |= read(later)["attacks"]
+    return told
 
 
 def rates(erased: dict[str, float], before: dict[str, float], never: dict[str, float]) -> str:
