@@ -49,7 +49,7 @@ def size() -> None:
 def main() -> None:
     start_up()
     size()
-    from benchmarks import clustering, erasing, mixture, subnets
+    from benchmarks import clustering, erasing, mixture, mote, subnets
 
     print("\nmixture layer")
     mixture.main()
@@ -59,6 +59,8 @@ def main() -> None:
     subnets.main()
     print("\nerasing")
     erasing.main()
+    print("\nstep experts")
+    mote.main()
 
 
 if __name__ == "__main__":

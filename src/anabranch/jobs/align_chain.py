@@ -8,8 +8,7 @@ OUT.run/            config.resolved.yaml, and journal.jsonl with every question 
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_train import plain_values_of
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress
-from anabranch.models.language import open_language_model
+from anabranch.models.language import hushed, open_language_model
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, build_chains
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter
@@ -318,19 +317,3 @@ def chain_row(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
 
 def run_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.run")
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Neither progress bars nor notices of transformers; what matters here is raised."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal language models from a folder that transformers wrote; nothing is downloaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,9 @@ def open_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) 
             hint="model.save_pretrained(folder) writes one; nothing is downloaded here",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        with hushed():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (*UNREADABLE, SafetensorError) as error:
         raise UsageError(
             f"the model {folder} cannot be opened",
@@ -46,3 +49,19 @@ def open_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) 
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model, tokenizer
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Neither progress bars nor notices of transformers; what matters here is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
