@@ -20,7 +20,7 @@ from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_train import plain_values_of
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress
-from anabranch.models.language import hushed, open_language_model
+from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, build_chains
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter

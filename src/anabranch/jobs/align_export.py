@@ -14,7 +14,7 @@ from anabranch.errors import CheckFailed
 from anabranch.jobs.align_card import FUSED
 from anabranch.jobs.align_settings import ExportSettings
 from anabranch.jobs.stages import say
-from anabranch.models.language import open_language_model
+from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.export import fuse
 from anabranch.specialize.mote.mote import MoTE, load
 from anabranch.train.publish import publish_folder, refuse_other_results

@@ -11,7 +11,7 @@ from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_settings import ChatSettings, GenerateSettings
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.stages import say
-from anabranch.models.language import open_language_model
+from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import question_ids
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, Chain, generate, plain_answers
 from anabranch.specialize.mote.mote import MoTE, load

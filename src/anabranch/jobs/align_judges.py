@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from anabranch.errors import UsageError, did_you_mean
-from anabranch.models.language import open_language_model
+from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.chain_building import Draft
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter

@@ -18,7 +18,7 @@ from anabranch.jobs.align_settings import TrainSettings
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
 from anabranch.jobs.stages import say
 from anabranch.mixture.lora import lora_layers
-from anabranch.models.language import open_language_model
+from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import ChainBatches, Row, StepSpanCollator, chain_row, fitting
 from anabranch.specialize.mote.mote import MANIFEST, ChainLoss, Config, MoTE, base_tensors, build, fingerprint, save
 from anabranch.specialize.mote.skip import Skip, check_attention

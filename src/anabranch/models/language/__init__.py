@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal language models of transformers."""
