@@ -63,6 +63,20 @@ class TrainSettings(TrainFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How chains are drawn; greedy at temperature 0."""
+
+    budget: dict[str, int] = field(default_factory=dict)
+    """Tokens a step may have, such as {analysis: 64}."""
+    beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    strict: bool = True
+    """Refuse a base model that the experts were not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatFlags:
     model: Path = Path("model")
     """The base model."""
@@ -77,15 +91,8 @@ class ChatFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(ChatFlags):
-    budget: dict[str, int] = field(default_factory=dict)
-    """Tokens a step may have, such as {analysis: 64}."""
-    beams: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    strict: bool = True
-    """Refuse a base model that the experts were not trained on."""
+class ChatSettings(ChatFlags, Drawing):
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +111,8 @@ class GenerateFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings(GenerateFlags):
-    budget: dict[str, int] = field(default_factory=dict)
-    """Tokens a step may have, such as {analysis: 64}."""
-    beams: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    strict: bool = True
-    """Refuse a base model that the experts were not trained on."""
+class GenerateSettings(GenerateFlags, Drawing):
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,7 @@ def train_arm(bench: Bench, arm: Arm, *, learning_rate: float | None = None, on_
         warmup_steps=min(20, bench.steps // 2),
         weight_decay=0.0,
         betas=(0.9, 0.999),
+        max_grad_norm=1.0,
         seed=bench.seed,
         deterministic=False,
     )
