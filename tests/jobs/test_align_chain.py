@@ -13,8 +13,8 @@ from anabranch.cli import align_chain as command
 from anabranch.errors import CheckFailed, Stopped, UsageError
 from anabranch.jobs import align_chain as job
 from anabranch.jobs.align_chain import align_chain
-from anabranch.jobs.align_chain_report import is_refusal, numbers_of, warnings_for
-from anabranch.jobs.align_chain_settings import ChainSettings
+from anabranch.jobs.align_chain_report import numbers_of, warnings_for
+from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.align_train import read_chains
 from anabranch.specialize.mote.chain_building import Verdict
 from anabranch.specialize.mote.chain_writer import ChainWriter

@@ -7,7 +7,8 @@ import pytest
 
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs import align_eval as job
-from anabranch.jobs.align_judges import Judged, ModelJudge, open_judge, refuses
+from anabranch.jobs.align_judges import Judged, ModelJudge, open_judge
+from anabranch.jobs.align_refusals import refuses
 from anabranch.jobs.align_settings import EvalSettings
 from tests.jobs.test_align import chains_file, model_folder, run
 from tests.specialize.mote.tiny import base, tokenizer

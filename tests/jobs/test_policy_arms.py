@@ -2,7 +2,6 @@
 """The arms of PolicyWorld run on the same rows from the same start; what must be seen of them."""
 
 import pytest
-import torch
 
 from anabranch.jobs.policy_arms import ARMS, Bench, evaluate, measure, train_arm
 from anabranch.specialize.mote.collate import StepSpanCollator
@@ -52,10 +51,9 @@ def test_a_perfect_model_gets_everything_right_and_the_base_nothing(bench, monke
 
 
 @pytest.mark.slow
-def test_the_ids_of_steps_matter(bench):
-    """700 steps on two seeds: random ids are far behind, and skipping helps direct answers."""
-    torch.set_num_threads(1)
-    for seed in (11, 12):
-        here = Bench(seed=seed)
-        exact = {name: measure(here, train_arm(here, ARMS[name]).mote)["exact"] for name in ("MoTE", "random ids")}
-        assert exact["MoTE"] > exact["random ids"] + 0.2
+@pytest.mark.parametrize("seed", [11, 12])
+def test_the_ids_of_steps_matter(seed):
+    """300 steps, before everything is at the ceiling: drawn ids are far behind the steps' own."""
+    here = Bench(seed=seed, steps=300)
+    exact = {name: measure(here, train_arm(here, ARMS[name]).mote)["exact"] for name in ("MoTE", "random ids")}
+    assert exact["MoTE"] > exact["random ids"] + 0.4

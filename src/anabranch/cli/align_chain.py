@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from anabranch.cli.options import FileAndSet, parse, settle
 from anabranch.errors import DONE
-from anabranch.jobs.align_chain_settings import ChainFlags, ChainSettings
+from anabranch.jobs.align_settings import ChainFlags, ChainSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from typing import Any
 
 from anabranch.errors import AnabranchError, CheckFailed, UsageError, did_you_mean
 from anabranch.jobs.align_chain_report import REPORT, report_of, shape_of, tell
-from anabranch.jobs.align_chain_settings import ChainSettings
 from anabranch.jobs.align_questions import read_questions
-from anabranch.jobs.align_train import plain_values_of
+from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress
+from anabranch.jobs.stages import plain_values_of
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, build_chains
 from anabranch.specialize.mote.chain_prompts import Prompts

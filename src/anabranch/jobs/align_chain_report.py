@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from anabranch.jobs.align_chain_settings import ChainSettings
+from anabranch.jobs.align_refusals import refuses
+from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.stages import say
 from anabranch.measure.concept_ratio import wilson
 from anabranch.measure.self_bleu import self_bleu
@@ -16,11 +17,6 @@ SHAPES = ("answer", "analysis+answer", "analysis+guidance+answer")
 REASONS = ("check", "empty", "too_long")
 UNMARKED = "unmarked"
 NOTE = "the self-check is the model judging itself: have others judge a sample before you rely on it"
-REFUSALS = (
-    "sorry", "i'm sorry", "i am sorry", "i apologize", "i apologise", "i can't", "i cannot", "i can not", "i won't",
-    "i will not", "i'm unable", "i am unable", "i'm not able", "i am not able", "unfortunately, i can", "as an ai",
-)  # fmt: skip
-"""How English refusals begin."""
 ALWAYS, OFTEN_CUT, LITTLE_MASS = 0.95, 0.05, 0.1
 
 
@@ -44,7 +40,7 @@ def numbers_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     verdicts = [check for row in rows for check in row["checks"] if check[1] is not None]
     written = {step: [row["tokens"][step] for row in kept if step in row["chain"]] for step in (*NOTES, ANSWER)}
     cut = {step: sum(step in row["budget_used_up"] for row in kept) for step in written}
-    refusals = sum(is_refusal(row["chain"][ANSWER]) for row in kept)
+    refusals = sum(refuses(row["chain"][ANSWER]) for row in kept)
     return {
         "attempted": len(rows),
         "kept": len(kept),
@@ -70,10 +66,6 @@ def checks_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for number, (stage, *_) in enumerate(row["checks"]):
             tried.setdefault(stage, []).append(bool(row["chain"]) and number == len(row["checks"]) - 1)
     return {stage: wilson(sum(passed), len(passed)).as_dict() for stage, passed in tried.items()}
-
-
-def is_refusal(answer: str) -> bool:
-    return answer.lower().replace("’", "'").lstrip(" \n\"'*").startswith(REFUSALS)
 
 
 def warnings_for(numbers: Mapping[str, Any]) -> list[str]:

@@ -19,9 +19,8 @@ from anabranch.jobs.align_generate import Speaker
 from anabranch.jobs.align_judges import Judge, Judged, open_judge
 from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_settings import EvalSettings, GenerateSettings
-from anabranch.jobs.align_train import plain_values_of
 from anabranch.jobs.progress import Progress
-from anabranch.jobs.stages import say
+from anabranch.jobs.stages import plain_values_of, say
 from anabranch.measure.concept_ratio import paired_difference, ratio
 from anabranch.measure.judge import Calibration, agreement, calibrate, correct
 from anabranch.train.publish import publish_folder, refuse_other_results

@@ -10,6 +10,34 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChainFlags:
+    model: Path = Path("model")
+    """A folder that transformers wrote, tokenizer included; it writes the chains and judges its answers."""
+    questions: Path = Path("questions.jsonl")
+    """Rows with a question (text or messages) and perhaps a kind, or a text file with a question a line."""
+    out: Path = Path("chains.jsonl")
+    """The file to write; chain_report.json goes beside it, and OUT.run keeps what a stopped build goes on from."""
+    prompts_file: Path | None = None
+    """A JSON file with prompts of your own."""
+    retries: int = 2
+    """Further tries of the last answer before a question is dropped."""
+    temperature: float = 0.7
+    threshold: float = 0.5
+    """An answer passes where the model says yes, harmless, with at least this probability."""
+    batch_size: int = 16
+    seed: int = 0
+    resume: bool = False
+    """Go on with a build that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainSettings(ChainFlags):
+    top_p: float = 0.95
+    budget: dict[str, int] = field(default_factory=dict)
+    """Tokens a step may have, such as {analysis: 64}; 128 for a note and 256 for an answer when left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainFlags:
     model: Path = Path("model")
     """A folder that transformers wrote, tokenizer included."""
@@ -151,9 +179,7 @@ class ExportFlags:
     experts: Path = Path("mote")
     """The folder that anabranch align train wrote."""
     out: Path = Path("fused")
-    """The folder to write: one plain LoRA a step, and how to load it."""
-    fused: bool = True
-    """Step expert and shared expert as one LoRA of twice the rank."""
+    """The folder to write: a step's expert and the shared one as one plain LoRA a step, and how to load it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.align_card import mixture_card
 from anabranch.jobs.align_settings import TrainSettings
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
-from anabranch.jobs.stages import say
+from anabranch.jobs.stages import plain_values_of, say
 from anabranch.mixture.lora import lora_layers
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import ChainBatches, Row, StepSpanCollator, chain_row, fitting
@@ -185,16 +185,12 @@ def run_training(
 
 def norms(mote: MoTE) -> dict[str, float]:
     """Length of s B A over all layers, by adapter: an expert that stays small next to the others does nothing."""
-
     found = {}
     for name in mote.settings.adapters:
-        squares = [
-            float(
-                (layer.lora_B[name].weight.detach().float() @ layer.lora_A[name].weight.detach().float()).square().sum()
-            )
-            * layer.scaling[name] ** 2
-            for layer in lora_layers(mote.model).values()
-        ]
+        squares = []
+        for layer in lora_layers(mote.model).values():
+            A, B = (part[name].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
+            squares.append(float((layer.scaling[name] * B @ A).square().sum()))
         found[name] = round(sum(squares) ** 0.5, 6)
     return found
 
@@ -224,8 +220,3 @@ def tell(settings: TrainSettings, facts: dict[str, Any]) -> None:
     )
     say(f"\nexperts  {settings.out}")
     say(f"next     anabranch align chat --model {settings.model} --experts {settings.out} --prompt '...'")
-
-
-def plain_values_of(settings: Any) -> dict[str, Any]:
-    values = {name: value for name, value in asdict(settings).items() if name not in ("out", "resume")}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

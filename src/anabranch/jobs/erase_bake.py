@@ -19,8 +19,7 @@ from anabranch.jobs.erase_card import baked_card
 from anabranch.jobs.erase_checks import fingerprint_of, kept, open_model, same_as_before
 from anabranch.jobs.erase_sample import draw_latents, sampling_of
 from anabranch.jobs.erase_settings import BakeSettings, SampleSettings
-from anabranch.jobs.erase_train import plain_values_of
-from anabranch.jobs.stages import say
+from anabranch.jobs.stages import plain_values_of, say
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint

@@ -27,9 +27,8 @@ from anabranch.jobs.erase_numbers import described, numbers, told_verdict, witho
 from anabranch.jobs.erase_sample import sampling_of
 from anabranch.jobs.erase_settings import EvalSettings
 from anabranch.jobs.erase_study import After, Before, Study, floor_of, judged, study_after, study_before, study_never
-from anabranch.jobs.erase_train import plain_values_of
 from anabranch.jobs.progress import Progress
-from anabranch.jobs.stages import say
+from anabranch.jobs.stages import plain_values_of, say
 from anabranch.measure.concept_ratio import Rate
 from anabranch.measure.erasure import LEVELS
 from anabranch.models.diffusion.family import image_side

@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from anabranch.jobs.erase_plan import (
     warnings_for,
 )
 from anabranch.jobs.erase_settings import TrainSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.stages import plain_values_of, say
 from anabranch.models.diffusion.family import family, image_side
 from anabranch.models.diffusion.latents import CHUNK, to_latents
 from anabranch.models.diffusion.noising import noising
@@ -261,8 +260,3 @@ def tell(settings: TrainSettings, facts: dict[str, Any]) -> None:
         say(f"warning: {warning}")
     say(f"\nadapter  {settings.out}  (default policy {facts['policy']})")
     say(f"next     anabranch erase sample --model {settings.model} --adapter {settings.out} --prompt '...'")
-
-
-def plain_values_of(settings: TrainSettings) -> dict[str, Any]:
-    values = {name: value for name, value in asdict(settings).items() if name not in ("out", "resume")}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -192,3 +192,9 @@ def finish(run: Path, settings: PretrainSettings, images: Images, summary: dict[
     from anabranch.jobs.pretrain_page import write_pretrain_page
 
     write_pretrain_page(run, images)
+
+
+def plain_values_of(settings: Any) -> dict[str, Any]:
+    """What a run folder keeps of its settings, in plain values: all but where it is and whether it goes on."""
+    values = {name: value for name, value in asdict(settings).items() if name not in ("out", "resume")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

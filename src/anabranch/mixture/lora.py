@@ -144,7 +144,7 @@ class RoutedLora(nn.Module):
             raise UsageError("experts are chosen for tokens in (B, N, I)", received=tuple(x.shape))
         first = self.plan.names[0]
         x = self.lora_dropout[first](self._cast_input_dtype(x, self.lora_A[first].weight.dtype))
-        ids = checked_ids(frame, self.plan, x)
+        ids = frame.token_ids(self.plan.key, x.shape[0], x.shape[1])
         if self.plan.path == "segment":
             return y + by_segment(self, x, ids).to(y.dtype)
         if self.plan.path == "gathered":
@@ -152,10 +152,6 @@ class RoutedLora(nn.Module):
         A, B = stacks(self, frame)
         hidden = nn.functional.linear(x, A) * rank_mask(frame, self.plan, ids, len(A), x)
         return y + nn.functional.linear(hidden, B).to(y.dtype)
-
-
-def checked_ids(frame: Frame, plan: Plan, x: Tensor) -> Tensor:
-    return frame.token_ids(plan.key, x.shape[0], x.shape[1])
 
 
 def rank_mask(frame: Frame, plan: Plan, ids: Tensor, ranks: int, x: Tensor) -> Tensor:

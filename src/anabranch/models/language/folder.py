@@ -10,7 +10,6 @@ import torch
 
 from anabranch.errors import UsageError
 
-INSTALL = "pip install 'anabranch[align]'"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 """What loaders raise on a folder that is torn; UsageError is none of them."""
 

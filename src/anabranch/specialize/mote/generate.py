@@ -126,8 +126,8 @@ def generate(
     was_training = mote.training
     mote.eval()
     try:
-        with following(mote, length, len(prompts)), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with following(mote, length, len(prompts)), torch.random.fork_rng():
+            torch.manual_seed(seed)
             out = mote.model.get_base_model().generate(
                 input_ids=ids.to(device), attention_mask=valid.to(device), logits_processor=[rule],
                 max_new_tokens=sum(limits[name] + 2 for name in walked), num_beams=num_beams,
@@ -154,8 +154,8 @@ def plain_answers(
     """What a model without experts answers, as chains of that one step."""
     ids, valid = left_padded(prompts, pad_of(tokenizer))
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
         out = model.generate(
             input_ids=ids.to(device), attention_mask=valid.to(device), max_new_tokens=max_new_tokens,
             num_beams=num_beams, pad_token_id=pad_of(tokenizer), **sampling(temperature, top_p),

@@ -8,7 +8,8 @@ Equation  : y_t = W0 x_t + alpha s B_e A_e x_t + (1 - alpha) s B_u A_u x_t,   e 
 Shapes    : B rows of T tokens; step ids (B, T). 4 r (I + O) parameters a linear layer, 2 r (I + O) of them at work.
 Differs   : what the paper leaves open is a setting: LoRA alpha 2 r, dropout .05, the question's expert drawn once a
             row in training and the first step's afterwards, steps skipped by rows (skip.py).
-Check     : the sixteen invariants of tests/specialize/mote; the effect on a generated world (recipes/mote).
+Check     : what is true whatever was learnt (tests/specialize/mote, tests/mixture/test_lora.py). That it is better than
+            one LoRA is not shown yet: the first runs on a generated world are in docs/lab.md.
 """
 
 import hashlib

@@ -29,7 +29,7 @@ from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_ids, tokenize
 from anabranch.models.diffusion.tokens import tables
 from anabranch.suppress.denoising import draw, frozen, region_loss
-from anabranch.suppress.geom_erasing.words import cut, room
+from anabranch.suppress.geom_erasing.words import cut, room, token_count
 
 AT = (10, 20, 40)
 """Steps after which one looks."""
@@ -173,7 +173,7 @@ def before(pipe: Any, prefix: str, prompt: str) -> str:
     Raises:
         UsageError: there is no room for the prefix itself.
     """
-    needed = max(len(tokenizer(prefix, add_special_tokens=False).input_ids) for _, tokenizer, _ in encoders(pipe))
+    needed = token_count(pipe, prefix)
     left = room(pipe) - needed
     if left < 0:
         raise UsageError(
