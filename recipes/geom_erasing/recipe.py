@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from anabranch.data.images import Images, open_images
 from anabranch.data.marks import glyph
-from anabranch.jobs.garment_arms import ARMS, Bench, Made, Regime
+from anabranch.jobs.garment_arms import ARMS
+from anabranch.jobs.garment_bench import Bench, Made, Regime
 from anabranch.jobs.garment_judges import FEATURE_SPACE, Judges, train_judges
 from anabranch.jobs.garment_scores import Scored, draw_policies, place_control, score
 from anabranch.jobs.marked_garments import MARK, PLATE, caption_of

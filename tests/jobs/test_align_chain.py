@@ -14,6 +14,7 @@ from anabranch.errors import CheckFailed, Stopped, UsageError
 from anabranch.jobs import align_chain as job
 from anabranch.jobs.align_chain import align_chain
 from anabranch.jobs.align_chain_report import numbers_of, warnings_for
+from anabranch.jobs.align_refusals import refuses
 from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.align_train import read_chains
 from anabranch.specialize.mote.chain_building import Verdict
@@ -217,8 +218,8 @@ def entry(answer, kind=None):
 
 
 def test_refusals_and_a_check_that_says_neither_word_are_told():
-    assert all(map(is_refusal, ("I can’t help with that.", "  I'm sorry, but", "Sorry,", "As an AI")))
-    assert not any(map(is_refusal, ("You can", "It is sorry to see", "Iron")))
+    assert all(map(refuses, ("I can’t help with that.", "  I'm sorry, but", "Sorry,", "As an AI")))
+    assert not any(map(refuses, ("You can", "It is sorry to see", "Iron")))
     numbers = numbers_of([entry("I cannot say."), entry("I'm sorry.")])
     warnings = " ".join(warnings_for({"all": numbers}))
     assert "always refuses: 2 of 2" in warnings

@@ -10,7 +10,8 @@ from PIL import Image
 import anabranch
 from anabranch.data.images import open_images
 from anabranch.data.marks import glyph
-from anabranch.jobs.garment_arms import ARMS, Bench, Regime
+from anabranch.jobs.garment_arms import ARMS
+from anabranch.jobs.garment_bench import Bench, Regime
 from anabranch.jobs.garment_judges import train_judges
 from anabranch.jobs.garment_scores import draw_policies, place_control, score
 from anabranch.jobs.marked_garments import (

@@ -29,7 +29,7 @@ from anabranch.jobs.erase_arms import Seen, as_values, look
 from anabranch.jobs.erase_demo_work import JUDGES, POLICIES, POLICY, Done, Task, places, work
 from anabranch.jobs.erase_diagnose import Looks, told_controllability, told_localisation
 from anabranch.jobs.erase_numbers import without_nan
-from anabranch.jobs.garment_arms import Bench, Regime
+from anabranch.jobs.garment_bench import Bench, Regime
 from anabranch.jobs.garment_judges import Judges, train_judges
 from anabranch.jobs.marked_garments import PLATE, caption_of, clean_world, with_mark
 from anabranch.jobs.measure import write_json

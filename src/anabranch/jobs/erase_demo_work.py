@@ -17,16 +17,8 @@ from anabranch.jobs.erase_arms import Subject
 from anabranch.jobs.erase_card import adapter_card
 from anabranch.jobs.erase_diagnose import Looks, looks_after, looks_before, with_word
 from anabranch.jobs.erase_sample import draw
-from anabranch.jobs.garment_arms import (
-    NEW_WORDS,
-    Bench,
-    Made,
-    fine_tuned,
-    geom,
-    name_only,
-    shuffled,
-    untouched,
-)
+from anabranch.jobs.garment_arms import fine_tuned, geom, name_only, shuffled, untouched
+from anabranch.jobs.garment_bench import NEW_WORDS, Bench, Made
 from anabranch.jobs.garment_judges import train_judges
 from anabranch.jobs.garment_scores import draw_policies, place_control
 from anabranch.jobs.marked_garments import GRID, MARK, MARK_PLACES, PLATE, SIDE, World

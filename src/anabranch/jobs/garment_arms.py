@@ -6,24 +6,20 @@ that their pictures are paired.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anabranch.data.images import Images
-from anabranch.jobs.erase_sample import Sampling, batches, bins_found, draw
-from anabranch.jobs.garment_judges import Judges
+from anabranch.jobs.erase_sample import batches, bins_found, draw
+from anabranch.jobs.garment_bench import KNOWN_WORDS, NEW_WORDS, Bench, Made, run
 from anabranch.jobs.marked_garments import (
     GRID,
     MARK,
     SIDE,
     Boxes,
     World,
-    bin_word,
     caption_of,
     clean_world,
     jittered,
@@ -31,127 +27,18 @@ from anabranch.jobs.marked_garments import (
     shuffled,
     with_mark,
 )
-from anabranch.models.diffusion.family import open_pipeline
 from anabranch.models.diffusion.latents import to_latents
 from anabranch.models.diffusion.prompts import encode_prompts
 from anabranch.suppress.baselines import clean_oracle, concept_ablation, data_filtering, esd, masked_loss, sld, uce
 from anabranch.suppress.baselines import fine_tuning as plain
 from anabranch.suppress.captioned import CaptionedBatches
 from anabranch.suppress.denoising import Denoising
-from anabranch.suppress.detectors.protocol import Detector
 from anabranch.suppress.geom_erasing.bake import Baking, BakingBatches
-from anabranch.suppress.geom_erasing.bins import Bin
-from anabranch.suppress.geom_erasing.erase import Config, Prepared, most_bins, prepare, start_rows
+from anabranch.suppress.geom_erasing.erase import Config, most_bins, prepare, start_rows
 from anabranch.suppress.geom_erasing.negatives import negative_prompts
 from anabranch.suppress.geom_erasing.words import Vocabulary
 from anabranch.suppress.guidance import first_noise, pictures
 from anabranch.suppress.lora import add_lora
-from anabranch.train.loop import TrainConfig, train
-
-
-@dataclass(frozen=True)
-class KnownPlaces(Vocabulary):
-    """Bins are called what the base calls them: only the concept's name is new."""
-
-    def place(self, where: Bin) -> str:
-        return bin_word(where)
-
-    def words(self) -> list[str]:
-        return [self.name]
-
-
-NEW_WORDS = Vocabulary(name="<mark>", grid=GRID)
-KNOWN_WORDS = KnownPlaces(name="<mark>", grid=GRID)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Regime:
-    """What was tuned, on a base that the table does not use."""
-
-    images: int = 20_000
-    ratio: float = 0.8
-    recall: float = 0.5
-    """Share of the marks that the detector finds; the captions of the others stay plain."""
-    steps: int = 250
-    long_steps: int = 700
-    """Of arms with places that are new to the base: they are learned in this time, and not in the other."""
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    token_rate: float = 10.0
-    alpha: float = 1.0
-    trained: str = "denoiser"
-    r: int = 16
-    scale: float = 2.0
-    sample_steps: int = 12
-    frozen_token_rate: float = 100.0
-    """Of model removal, where the words have to do all of it; tuned on base 3, which the table has as well."""
-    short_steps: int = 150
-    """Of Concept Ablation and of baking."""
-    eraser_steps: int = 60
-    """Of ESD, whose every step samples."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Bench:
-    """One base and all that its arms share."""
-
-    base: Path
-    images: Images
-    judges: Judges
-    detector: Detector
-    regime: Regime
-    seed: int
-    samples: int
-    noted: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def world(self) -> World:
-        few = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed))
-        return with_mark(clean_world(self.images.take(few[: self.regime.images])), self.regime.ratio, 1000 + self.seed)
-
-    @cached_property
-    def latents(self) -> Tensor:
-        return to_latents(self.open(), self.world.pixels)
-
-    @cached_property
-    def prompts(self) -> list[str]:
-        names = [caption_of(name) for name in self.images.class_names]
-        return [names[i % len(names)] for i in range(self.samples)]
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(range(10_000, 10_000 + self.samples))
-
-    @property
-    def how(self) -> Sampling:
-        return Sampling(scale=self.regime.scale, steps=self.regime.sample_steps, batch_size=250)
-
-    def open(self) -> Any:
-        return open_pipeline(self.base)
-
-    def nothing(self) -> list[str]:
-        """The empty negative prompt for every picture."""
-        return [""] * self.samples
-
-    def labels(self, recall: float | None = None, world: World | None = None) -> Boxes:
-        """What a detector of this recall says of every picture; None where it sees nothing."""
-        world = self.world if world is None else world
-        chance = torch.rand(len(world), generator=torch.Generator().manual_seed(2000 + self.seed))
-        found = (chance < (self.regime.recall if recall is None else recall)).tolist()
-        return [boxes if boxes and seen else None for boxes, seen in zip(world.boxes, found, strict=True)]
-
-
-@dataclass(eq=False, kw_only=True)
-class Made:
-    """A model with an arm's changes, and the negative prompts that it is drawn with."""
-
-    pipe: Any
-    negatives: dict[str, Callable[[], Sequence[str]]]
-    words: Vocabulary = KNOWN_WORDS
-    prepared: Prepared | None = None
-    drawn: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    """Policies that draw in a way of their own."""
-
 
 # What an arm does ----------------------------------------------------------------------------------------------------
 
@@ -335,23 +222,6 @@ def baked(bench: Bench, pictures_of_its_own: int = 512) -> Made:
     stream = BakingBatches(to_latents(teacher.pipe, pixels), numbers, bench.regime.batch_size, bench.seed)
     run(bench, objective, stream, steps=bench.regime.short_steps)
     return Made(pipe=student.pipe, negatives={"none": bench.nothing})
-
-
-def run(bench: Bench, objective: Any, stream: Any, *, steps: int | None = None, batch_size: int | None = None) -> None:
-    regime = bench.regime
-    config = TrainConfig(
-        steps=steps or regime.steps,
-        batch_size=batch_size or regime.batch_size,
-        learning_rate=regime.learning_rate,
-        warmup_steps=min(20, (steps or regime.steps) // 2),
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-        max_grad_norm=1.0,
-        seed=bench.seed,
-        deterministic=False,
-    )
-    losses = train(objective, stream, config).losses[-20:]
-    bench.noted["loss"] = sum(losses) / len(losses)
 
 
 def long_plain(bench: Bench) -> Made:

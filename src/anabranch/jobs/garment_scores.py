@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anabranch.jobs.erase_sample import as_arrays, draw
-from anabranch.jobs.garment_arms import Bench, Made
+from anabranch.jobs.garment_bench import Bench, Made
 from anabranch.jobs.marked_garments import GRID, MARK_PLACES, PLATE, SIDE
 from anabranch.suppress.detectors.protocol import Detector, detect_checked
 from anabranch.suppress.geom_erasing.bins import covered_bins
