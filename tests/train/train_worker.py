@@ -12,6 +12,7 @@ from tiny import TinyObjective, TinyStream
 
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.train.loop import TrainConfig, train
+from anabranch.train.processes import disconnect
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -74,8 +75,7 @@ def main(mode, folder="."):
         print(error, flush=True)
         sys.exit(error.exit_code)
     (Path(folder) / f"rank-{RANK}.json").write_text(json.dumps(findings))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    disconnect()
 
 
 if __name__ == "__main__":

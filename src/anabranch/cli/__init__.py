@@ -52,3 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("anabranch: interrupted", file=sys.stderr)
         return FAILED
+    finally:
+        if "anabranch.train.processes" in sys.modules:  # else nothing was connected, and torch may not be loaded
+            import_module("anabranch.train.processes").disconnect()
