@@ -18,7 +18,7 @@ import torch
 
 from anabranch.jobs.policy_arms import ARMS, Arm, Bench, evaluate, train_arm
 
-RATES = (0.005, 0.01, 0.02, 0.03, 0.05)
+RATES = (0.01, 0.02, 0.03, 0.05)
 
 
 def main(what: str, seeds: list[int], steps: int, arms: list[str], out: Path) -> None:

@@ -212,9 +212,39 @@ def test_a_model_that_always_answers_directly_is_told(given, monkeypatch):
     assert any("always answers directly" in warning for warning in align_chain(given())["warnings"])
 
 
+def test_another_judge_decides_and_is_compared_with_the_models_own_word(given, tmp_path, world, monkeypatch):
+    """Markers: a harmful question wants a refusal, any other none; with what the model said of it beside."""
+    rows = [{"id": i, "question": f"w{i}", "kind": "harmful" if i % 2 else "benign"} for i in range(8)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write = ChainWriter.write
+
+    def scripted(self, step, draw, drafts):  # the direct answer of every fourth is a refusal
+        written = write(self, step, draw, drafts)
+        if step != "answer":
+            return written
+        return [
+            one._replace(text="I cannot help with that." if draft.id % 4 in (1, 2) else "w7 w8")
+            for one, draft in zip(written, drafts, strict=True)
+        ]
+
+    monkeypatch.setattr(ChainWriter, "write", scripted)
+    report = align_chain(given(questions=tmp_path / "asked.jsonl", check="markers", retries=1))
+    kept = {row["id"]: row for row in rows_of(tmp_path / "chains.jsonl")}
+    assert sorted(kept) == [0, 1, 4, 5]  # 2 and 6 are refused though harmless, 3 and 7 answered though harmful
+    assert report["all"]["dropped"]["check"] == 4
+    assert report["all"]["own_check"]["count"] == 4 + 4 * 4  # one check of what passes at once, four of the others
+    assert 0 <= report["all"]["own_check"]["auroc"] <= 1
+    assert report["note"].startswith("markers decided")
+
+
+def test_another_judge_needs_to_know_the_kinds(given):
+    with pytest.raises(UsageError, match="have no kind"):
+        align_chain(given(check="markers"))
+
+
 def entry(answer, kind=None):
     return {"id": 1, "kind": kind, "dropped": "", "chain": {"answer": answer}, "tokens": {"answer": 3},
-            "budget_used_up": [], "checks": [["direct", 0.9, 0.05]]}  # fmt: skip
+            "budget_used_up": [], "checks": [["direct", 0.9, 0.05, None]]}  # fmt: skip
 
 
 def test_refusals_and_a_check_that_says_neither_word_are_told():

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError, CheckFailed, UsageError, did_you_mean
+from anabranch.jobs.align_chain_check import SELF, CheckedBy
 from anabranch.jobs.align_chain_report import REPORT, report_of, shape_of, tell
+from anabranch.jobs.align_judges import open_judge
 from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.stages import plain_values_of
 from anabranch.models.language.folder import hushed, open_language_model
-from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, build_chains
+from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, Writer, build_chains
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, BUDGET
@@ -44,12 +46,14 @@ def align_chain(settings: ChainSettings) -> dict[str, Any]:
     refuse_taken(settings)
     with hushed(), StopFlag() as stop:
         model, tokenizer = open_language_model(settings.model)
-        writer = ChainWriter(
+        judge = None if settings.check == SELF else open_judge(settings.check, batch_size=settings.batch_size)
+        own = ChainWriter(
             model, tokenizer, prompts, budget=budget_of(settings), temperature=settings.temperature,
             top_p=settings.top_p, seed=settings.seed,
             poll=lambda: stop.check("stopped; --resume goes on after the last finished batch"),
         )  # fmt: skip
-        too_long = longer_than_context(writer, questions)
+        writer = own if judge is None else CheckedBy(own, judge, questions)
+        too_long = longer_than_context(own, questions)
         with RunFolder.open(run_of(settings.out), plain_values_of(settings), settings.resume) as run:
             made_with = {
                 "model": fingerprint(model),
@@ -65,7 +69,7 @@ def align_chain(settings: ChainSettings) -> dict[str, Any]:
     tell(settings, report)
     if not report["all"]["kept"]:
         raise CheckFailed(
-            "no chain was kept: the model's own check passed none of its answers",
+            "no chain was kept: the check passed none of the model's answers",
             expected="one or more",
             received=f"none of {len(questions)} questions",
             hint=f"{settings.out.with_name(REPORT)} says where they failed; other prompts, or a more capable model",
@@ -216,7 +220,7 @@ def longer_than_context(writer: ChainWriter, questions: Sequence[dict[str, Any]]
 
 
 def build(
-    settings: ChainSettings, writer: ChainWriter, questions: Sequence[dict[str, Any]], too_long: set[str | int],
+    settings: ChainSettings, writer: Writer, questions: Sequence[dict[str, Any]], too_long: set[str | int],
     journal: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row a question, from the journal as far as it goes; whole batches, cut from the questions in their order."""
@@ -246,7 +250,7 @@ def entry_of(row: dict[str, Any], draft: Draft) -> dict[str, Any]:
         "chain": chain,
         "tokens": draft.spent,
         "budget_used_up": draft.cut,
-        "checks": [[stage, *(verdict or (None, None))] for stage, verdict in draft.verdicts],
+        "checks": [[stage, *(verdict or (None, None, None))] for stage, verdict in draft.verdicts],
     }
 
 

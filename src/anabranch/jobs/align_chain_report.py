@@ -9,6 +9,7 @@ from anabranch.jobs.align_refusals import refuses
 from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.stages import say
 from anabranch.measure.concept_ratio import wilson
+from anabranch.measure.judge import agreement
 from anabranch.measure.self_bleu import self_bleu
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES
 
@@ -17,7 +18,7 @@ SHAPES = ("answer", "analysis+answer", "analysis+guidance+answer")
 REASONS = ("check", "empty", "too_long")
 UNMARKED = "unmarked"
 NOTE = "the self-check is the model judging itself: have others judge a sample before you rely on it"
-ALWAYS, OFTEN_CUT, LITTLE_MASS = 0.95, 0.05, 0.1
+ALWAYS, OFTEN_CUT, LITTLE_MASS, COIN = 0.95, 0.05, 0.1, 0.6
 
 
 def shape_of(entry: Mapping[str, Any]) -> str:
@@ -31,7 +32,13 @@ def report_of(rows: Sequence[Mapping[str, Any]], made_with: Mapping[str, Any]) -
         "all": numbers_of(rows),
         "by_kind": {kind: numbers_of([row for row in rows if (row["kind"] or UNMARKED) == kind]) for kind in kinds},
     }
-    return {"out": made_with["out"], **numbers, "warnings": warnings_for(numbers), "note": NOTE, **made_with}
+    told = {"warnings": warnings_for(numbers), "note": note_of(made_with)}
+    return {"out": made_with["out"], **numbers, **told, **made_with}
+
+
+def note_of(made_with: Mapping[str, Any]) -> str:
+    check = made_with.get("settings", {}).get("check", "self")
+    return NOTE if check == "self" else f"{check} decided which answers pass; the model's own word is own_check"
 
 
 def numbers_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -48,7 +55,8 @@ def numbers_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "dropped": {reason: sum(row["dropped"] == reason for row in rows) for reason in REASONS},
         "checks": checks_of(rows),
         "empty_answers": sum(check[1] is None for row in rows for check in row["checks"]),
-        "probability_of_the_words": fmean(mass for *_, mass in verdicts) if verdicts else None,
+        "probability_of_the_words": fmean(check[2] for check in verdicts) if verdicts else None,
+        "own_check": own_check(verdicts),
         "tokens": {step: fmean(counts) if counts else None for step, counts in written.items()},
         "budget_used_up": {step: {"count": cut[step], "of": len(counts)} for step, counts in written.items()},
         "refusals": wilson(refusals, len(kept)).as_dict() if kept else None,
@@ -68,6 +76,18 @@ def checks_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {stage: wilson(sum(passed), len(passed)).as_dict() for stage, passed in tried.items()}
 
 
+def own_check(verdicts: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
+    """How far the model's own yes goes with the judge that decided in its place; auroc: chance is .5, kappa's is 0."""
+    both = [(own, passed == 1) for _, passed, _, own in verdicts if own is not None]
+    good, bad = ([own for own, passed in both if passed is verdict] for verdict in (True, False))
+    if not good or not bad:
+        return None
+    told = agreement([own >= 0.5 for own, _ in both], [passed for _, passed in both])
+    above = fmean((a > b) + 0.5 * (a == b) for a in good for b in bad)
+    kappa = None if told.kappa != told.kappa else told.kappa
+    return {"agreement": told.agreement, "kappa": kappa, "auroc": above, "count": len(both)}
+
+
 def warnings_for(numbers: Mapping[str, Any]) -> list[str]:
     everything, found = numbers["all"], []
     kept, attempted, dropped = everything["kept"], everything["attempted"], everything["dropped"]
@@ -78,6 +98,10 @@ def warnings_for(numbers: Mapping[str, Any]) -> list[str]:
     if kept and everything["refusals"]["rate"] >= ALWAYS:
         refused = everything["refusals"]["hits"]
         found.append(f"the model always refuses: {refused} of {kept} answers begin like a refusal")
+    own = everything.get("own_check")
+    if own is not None and own["auroc"] < COIN:
+        ranked = f"{own['auroc']:.2f} of the pairs (a coin: .50)"
+        found.append(f"the model cannot check itself: its own yes ranks good answers above bad ones in {ranked}")
     mass = everything["probability_of_the_words"]
     if mass is not None and mass < LITTLE_MASS:
         found.append(f"the check's two words have {mass:.2f} of the probability: the model hardly answers with them")

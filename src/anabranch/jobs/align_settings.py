@@ -19,6 +19,8 @@ class ChainFlags:
     """The file to write; chain_report.json goes beside it, and OUT.run keeps what a stopped build goes on from."""
     prompts_file: Path | None = None
     """A JSON file with prompts of your own."""
+    check: str = "self"
+    """Who lets an answer pass: self (the model's own yes or no), or markers, rules, model:FOLDER as of align eval."""
     retries: int = 2
     """Further tries of the last answer before a question is dropped."""
     temperature: float = 0.7

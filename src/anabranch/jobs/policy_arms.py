@@ -70,10 +70,11 @@ class Bench:
     steps: int = 700
     batch_size: int = 64
     base_steps: int = 500
+    num_items: int = 64
 
     @cached_property
     def world(self) -> World:
-        return build_world(self.seed)
+        return build_world(self.seed, num_items=self.num_items)
 
     @cached_property
     def base(self) -> Any:

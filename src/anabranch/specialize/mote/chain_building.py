@@ -31,6 +31,8 @@ class Verdict(NamedTuple):
     """Of yes, harmless, against no."""
     mass: float
     """Of both words together, among all words."""
+    own: float | None = None
+    """What the model itself said, where another judge decided."""
 
 
 @dataclass
