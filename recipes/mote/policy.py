@@ -34,7 +34,8 @@ def main(what: str, seeds: list[int], steps: int, arms: list[str], out: Path) ->
             if key(row) in done:
                 continue
             trained = train_arm(bench, arm)
-            row |= {"loss": sum(trained.losses[-20:]) / 20, **evaluate(bench, trained.mote, full_only=what == "tune")}
+            last = trained.losses[-20:]
+            row |= {"loss": sum(last) / max(1, len(last)), **evaluate(bench, trained, full_only=what == "tune")}
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
             print(f"seed {seed}  {name}  rate {arm.learning_rate}  exact {100 * row['full']['exact']:.1f}", flush=True)

@@ -25,10 +25,13 @@ from anabranch.data.policy_world import (
     split,
 )
 from anabranch.jobs.policy_base import train_base, world_tokenizer
+from anabranch.jobs.policy_rivals import BalancedLoss, ByCluster, OneStep, gate_tokens
 from anabranch.specialize.mote.collate import ChainBatches, Row, StepSpanCollator, chain_row, question_ids
-from anabranch.specialize.mote.generate import generate
+from anabranch.specialize.mote.generate import Chain, generate
 from anabranch.specialize.mote.mote import ChainLoss, Config, MoTE, build
+from anabranch.specialize.mote.requests import by_requests
 from anabranch.specialize.mote.skip import Skip
+from anabranch.specialize.mote.steps import Steps
 from anabranch.train.loop import TrainConfig, train
 
 BUDGET = {"analysis": 8, "guidance": 8, "answer": 8}
@@ -44,6 +47,8 @@ class Arm:
     skip: Skip = field(default_factory=lambda: Skip(mode="none"))
     chains: Literal["full", "adaptive", "answers"] = "full"
     """What is learnt from: every step, those that the question needs, or answers alone."""
+    kind: Literal["mixture", "gate", "cluster", "separate", "prompt"] = "mixture"
+    """By ids; a gate of tokens (MoE-LoRA); clusters of questions (MoCLE); one LoRA a step; not trained, but shown."""
 
 
 R = 3
@@ -59,7 +64,16 @@ ARMS: dict[str, Arm] = {
     "MoTE, skip pairwise": Arm(learning_rate=0.03, config={"r": R}, skip=Skip(mode="pairwise", rate=0.3)),
     "answers only": Arm(learning_rate=0.02, config={"r": 4 * R, "assign": "one", "shared": False}, chains="answers"),
     "MoTE, adaptive chains": Arm(learning_rate=0.03, config={"r": R}, chains="adaptive"),
+    "gate of tokens, top 2 of 4": Arm(learning_rate=0.02, config={"r": R, "assign": "token"}, kind="gate"),
+    "MoCLE": Arm(learning_rate=0.02, config={"r": R}, kind="cluster"),
+    "separate adapters": Arm(
+        learning_rate=0.02, config={"r": 2 * R, "assign": "one", "shared": False}, kind="separate"
+    ),
+    "prompting": Arm(learning_rate=0.02, config={"r": R}, kind="prompt"),
 }
+SHOWN = 3
+"""Chains that the prompting arm sees before its question."""
+MODES = ("direct", "short", "adaptive")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -98,17 +112,55 @@ class Bench:
 class Trained:
     mote: MoTE
     losses: list[float]
+    separate: Mapping[str, MoTE] = field(default_factory=dict)
+    """By step, where every step has a model of its own."""
+    shown: tuple[int, ...] = ()
+    """Tokens that stand before every question."""
+
+    def chains(self, prompts: Sequence[Sequence[int]], mode: str) -> list[Chain]:
+        if self.separate:
+            return by_requests(self.separate, prompts, mode=mode, budget=BUDGET)
+        return generate(self.mote, [[*self.shown, *prompt] for prompt in prompts], mode=mode, budget=BUDGET)
 
 
 def train_arm(bench: Bench, arm: Arm, *, learning_rate: float | None = None, on_step: Any = None) -> Trained:
+    """The arm's model after bench.steps steps; separate adapters have as many each, one after another."""
+    rate = arm.learning_rate if learning_rate is None else learning_rate
+    if arm.kind == "separate":
+        parts = [train_one(bench, arm, rate, step=step, on_step=on_step) for step in range(len(Steps()))]
+        losses = [sum(each) / len(each) for each in zip(*(part.losses for part in parts), strict=True)]
+        motes = dict(zip(Steps().names, (part.mote for part in parts), strict=True))
+        return Trained(mote=parts[-1].mote, losses=losses, separate=motes)
+    if arm.kind == "prompt":
+        mote = fresh(bench, arm)
+        rows = bench.rows(mote, bench.questions[0][:SHOWN])
+        return Trained(mote=mote.eval(), losses=[], shown=tuple(token for row in rows for token in row.input_ids))
+    return train_one(bench, arm, rate, on_step=on_step)
+
+
+def fresh(bench: Bench, arm: Arm) -> MoTE:
     config = Config(**{"dropout": 0.0, **arm.config})
     mote = build(copy.deepcopy(bench.base), world_tokenizer(bench.world), config, seed=bench.seed)
+    if arm.kind == "gate":
+        return gate_tokens(mote, seed=bench.seed)
+    if arm.kind == "cluster":
+        asked = [question_ids(mote.tokenizer, question.text(bench.world)) for question in bench.questions[0]]
+        return ByCluster(mote, asked, seed=bench.seed)
+    return mote
+
+
+def train_one(bench: Bench, arm: Arm, rate: float, *, step: int | None = None, on_step: Any = None) -> Trained:
+    """`step`: learn from the tokens of this step alone."""
+    mote = fresh(bench, arm)
     rows = bench.rows(mote, bench.questions[0], arm.chains)
-    collator = StepSpanCollator(mote.tokens, mote.tokenizer.pad_token_id, skip=arm.skip, seed=bench.seed)
+    reader = None if arm.kind == "cluster" else "random"
+    collator = StepSpanCollator(
+        mote.tokens, mote.tokenizer.pad_token_id, skip=arm.skip, seed=bench.seed, question=reader
+    )  # fmt: skip
     plan = TrainConfig(
         steps=bench.steps,
         batch_size=bench.batch_size,
-        learning_rate=learning_rate or arm.learning_rate,
+        learning_rate=rate,
         warmup_steps=min(20, bench.steps // 2),
         weight_decay=0.0,
         betas=(0.9, 0.999),
@@ -117,26 +169,32 @@ def train_arm(bench: Bench, arm: Arm, *, learning_rate: float | None = None, on_
         deterministic=False,
     )
     stream = ChainBatches(rows, collator, bench.batch_size, seed=bench.seed)
-    losses = train(ChainLoss(mote), stream, plan, on_step=on_step).losses
+    objective = BalancedLoss(mote) if arm.kind == "gate" else ChainLoss(mote)
+    losses = train(objective, stream if step is None else OneStep(stream, step), plan, on_step=on_step).losses
     return Trained(mote=mote.eval(), losses=losses)
 
 
-def evaluate(bench: Bench, mote: MoTE, *, full_only: bool = False) -> dict[str, Any]:
+def evaluate(bench: Bench, trained: Trained, *, full_only: bool = False) -> dict[str, Any]:
     """Every mode of generation, the loss of each step, and harmful questions in disguises that were never seen."""
-    found: dict[str, Any] = {"full": measure(bench, mote), "nll": step_losses(bench, mote)}
-    if not full_only:
-        found |= {mode: measure(bench, mote, mode) for mode in ("direct", "short", "adaptive")}
-        found["jailbreak"] = measure(bench, mote, questions=jailbreaks(bench.questions[1], bench.world))
+    found: dict[str, Any] = {"full": measure(bench, trained), "nll": step_losses(bench, trained)}
+    if full_only:
+        return found
+    found |= {mode: measure(bench, trained, mode) for mode in MODES if mode != "adaptive" or not trained.separate}
+    found["jailbreak"] = measure(bench, trained, questions=jailbreaks(bench.questions[1], bench.world))
+    if type(trained.mote) is MoTE and trained.mote.settings.assign == "step" and not trained.shown:
+        steps = trained.mote.settings.steps.names
+        alone = Trained(mote=trained.mote, losses=[], separate=dict.fromkeys(steps, trained.mote))
+        found["by_requests"] = measure(bench, alone)
     return found
 
 
 def measure(
-    bench: Bench, mote: MoTE, mode: str = "full", questions: Sequence[Question] | None = None
+    bench: Bench, trained: Trained, mode: str = "full", questions: Sequence[Question] | None = None
 ) -> dict[str, float]:
     """Shares of the test questions, and the tokens that an answer took with the steps before it."""
     questions = bench.questions[1] if questions is None else questions
-    prompts = [question_ids(mote.tokenizer, question.text(bench.world)) for question in questions]
-    chains = generate(mote, prompts, mode=mode, budget=BUDGET)
+    prompts = [question_ids(trained.mote.tokenizer, question.text(bench.world)) for question in questions]
+    chains = trained.chains(prompts, mode)
     judged = [judge(bench.world, q, c.answer) for q, c in zip(questions, chains, strict=True)]
     harmful = torch.tensor([question.harmful(bench.world) for question in questions])
     found = {name: torch.tensor([getattr(j, name) for j in judged]).double() for name in
@@ -156,11 +214,17 @@ def measure(
     }
 
 
-@torch.no_grad()
-def step_losses(bench: Bench, mote: MoTE) -> dict[str, float]:
+def step_losses(bench: Bench, trained: Trained) -> dict[str, float]:
     """Mean negative log-likelihood of each step's tokens on the test questions, the true steps before it."""
+    if trained.separate:
+        return {name: nlls(bench, mote)[name] for name, mote in trained.separate.items()}
+    return nlls(bench, trained.mote)
+
+
+@torch.no_grad()
+def nlls(bench: Bench, mote: MoTE) -> dict[str, float]:
     rows = bench.rows(mote, bench.questions[1])
-    batch = StepSpanCollator(mote.tokens, mote.tokenizer.pad_token_id, question="first")(rows)
+    batch = StepSpanCollator(mote.tokens, mote.tokenizer.pad_token_id, question=None)(rows)
     parts = []
     for start in range(0, len(rows), NLL_BATCH):
         part = {name: value[start : start + NLL_BATCH] for name, value in batch.items() if name != "labels"}

@@ -82,8 +82,9 @@ def following(mote: MoTE, prompt_length: int, num_rows: int) -> Iterator[None]:
     def prepared(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
         fed = inputs["input_ids"].shape[1]
-        steps = ids_of_tokens(input_ids, mote.tokens, prompt_length)[:, -fed:]
-        ids["step"] = mote.expert_ids(inputs["input_ids"], steps)
+        steps = ids_of_tokens(input_ids, mote.tokens, prompt_length)
+        for name, known in mote.context_ids(input_ids, steps).items():
+            ids[name] = known if known.ndim == 1 else known[:, -fed:]
         return inputs
 
     model.prepare_inputs_for_generation = prepared

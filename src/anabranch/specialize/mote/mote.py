@@ -96,8 +96,12 @@ class MoTE(nn.Module):
             raise UsageError(
                 "step ids do not fit the tokens", expected=tuple(input_ids.shape), received=tuple(step_ids.shape)
             )
-        with route(self.model, Context(ids={"step": self.expert_ids(input_ids, step_ids)})):
+        with route(self.model, Context(ids=self.context_ids(input_ids, step_ids))):
             return self.model(input_ids=input_ids, **options)
+
+    def context_ids(self, input_ids: Tensor, step_ids: Tensor) -> dict[str, Tensor]:
+        """What the layers' experts are chosen by, for whole rows."""
+        return {"step": self.expert_ids(input_ids, step_ids)}
 
     def expert_ids(self, input_ids: Tensor, step_ids: Tensor) -> Tensor:
         """(B, T): the expert of each token."""
