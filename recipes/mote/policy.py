@@ -21,29 +21,34 @@ from anabranch.jobs.policy_arms import ARMS, Arm, Bench, evaluate, train_arm
 RATES = (0.01, 0.02, 0.03, 0.05)
 
 
-def main(what: str, seeds: list[int], steps: int, arms: list[str], out: Path) -> None:
+def main(what: str, seeds: list[int], steps: int, arms: list[str], rates: list[float], out: Path) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{what}-{steps}.jsonl"
     done = {key(row) for row in read(file)}
-    rates = tuned(out, steps) if what == "run" else {}
+    best = tuned(out, steps) if what == "run" else {}
     for seed in seeds:
         bench = Bench(seed=seed, steps=steps)
-        for name, arm in planned(what, arms, rates):
+        for name, arm in planned(what, arms, rates, best):
             row: dict[str, Any] = {"arm": name, "seed": seed, "steps": steps, "rate": arm.learning_rate}
             if key(row) in done:
                 continue
             trained = train_arm(bench, arm)
             last = trained.losses[-20:]
-            row |= {"loss": sum(last) / max(1, len(last)), **evaluate(bench, trained, full_only=what == "tune")}
+            row |= {
+                "loss": sum(last) / max(1, len(last)),
+                **evaluate(bench, trained, only=arm.mode if what == "tune" else ""),
+            }
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
-            print(f"seed {seed}  {name}  rate {arm.learning_rate}  exact {100 * row['full']['exact']:.1f}", flush=True)
+            print(
+                f"seed {seed}  {name}  rate {arm.learning_rate}  exact {100 * row[arm.mode]['exact']:.1f}", flush=True
+            )
 
 
-def planned(what: str, arms: list[str], rates: dict[str, float]) -> Iterator[tuple[str, Arm]]:
+def planned(what: str, arms: list[str], rates: list[float], best: dict[str, float]) -> Iterator[tuple[str, Arm]]:
     for name in arms:
-        for rate in RATES if what == "tune" else [rates.get(name, ARMS[name].learning_rate)]:
+        for rate in rates if what == "tune" else [best.get(name, ARMS[name].learning_rate)]:
             yield name, replace(ARMS[name], learning_rate=rate)
 
 
@@ -51,7 +56,7 @@ def tuned(out: Path, steps: int) -> dict[str, float]:
     """The rate of each arm with the best mean share of exact answers over the tuning seeds."""
     found: dict[tuple[str, float], list[float]] = {}
     for row in read(out / f"tune-{steps}.jsonl"):
-        found.setdefault((row["arm"], row["rate"]), []).append(row["full"]["exact"])
+        found.setdefault((row["arm"], row["rate"]), []).append(row[ARMS[row["arm"]].mode]["exact"])
     best: dict[str, tuple[float, float]] = {}
     for (arm, rate), scores in found.items():
         best[arm] = max(best.get(arm, (-1.0, 0.0)), (sum(scores) / len(scores), rate))
@@ -72,5 +77,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to tune over")
     parser.add_argument("--out", type=Path, default=Path("runs/mote"))
     main(**vars(parser.parse_args()))

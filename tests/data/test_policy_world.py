@@ -93,9 +93,16 @@ def test_true_chains_are_right_and_say_other_words_in_each_step():
 
 
 def test_easy_questions_need_fewer_steps():
-    shapes = {tuple(adaptive_chain(WORLD, question)) for question in ALL}
+    shapes = {tuple(adaptive_chain(WORLD, question, whole_share=0)) for question in ALL}
     assert shapes == {("answer",), ("analysis", "answer"), ("analysis", "guidance", "answer")}
-    assert tuple(adaptive_chain(WORLD, Question(0, 0, "kindly"))) == ("analysis", "answer")
+    assert tuple(adaptive_chain(WORLD, Question(0, 0, "kindly"), whole_share=0)) == ("analysis", "answer")
+
+
+def test_some_easy_questions_get_every_step_all_the_same():
+    easy = [question for question in ALL if len(adaptive_chain(WORLD, question, whole_share=0)) < 3]
+    longer = [question for question in easy if len(adaptive_chain(WORLD, question)) == 3]
+    assert len(longer) / len(easy) == pytest.approx(0.25, abs=0.08)
+    assert longer == [question for question in easy if len(adaptive_chain(WORLD, question)) == 3]
 
 
 def test_splits_share_no_pair_and_disguises_of_tests_are_never_trained_on():

@@ -7,9 +7,12 @@ import pytest
 
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs import align_eval as job
+from anabranch.jobs.align_eval_arms import Arms
+from anabranch.jobs.align_eval_told import MEASURES
 from anabranch.jobs.align_judges import Judged, ModelJudge, open_judge
 from anabranch.jobs.align_refusals import refuses
 from anabranch.jobs.align_settings import EvalSettings
+from anabranch.specialize.mote.generate import Chain
 from tests.jobs.test_align import chains_file, model_folder, run
 from tests.specialize.mote.tiny import base, tokenizer
 
@@ -43,8 +46,10 @@ def scripted(answers):
     """In place of models: what each arm answers to each kind of question."""
 
     def answered(settings, questions):
-        texts = {arm: [by_kind[row["kind"]] for row in questions] for arm, by_kind in answers.items()}
-        return texts, dict.fromkeys(texts, 7.0)
+        arms = Arms()
+        for arm, by_kind in answers.items():
+            arms.take(arm, [Chain(texts={"answer": by_kind[row["kind"]]}, tokens=[0] * 7) for row in questions])
+        return arms, {}
 
     return answered
 
@@ -57,8 +62,9 @@ MUTE = {"harmful": "no", "benign": "no", "jailbreak": "no"}
 def test_the_numbers_of_known_answers(given, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(job, "answered", scripted({"base": BASE, "direct": WISE, "full": MUTE}))
     arms = job.align_eval(given())["arms"]
-    rates = {arm: {name: None if v is None else v["rate"] for name, v in found.items() if name != "tokens"}
-             for arm, found in arms.items()}  # fmt: skip
+    rates = {arm: {name: found[name]["rate"] for name in MEASURES} for arm, found in arms.items()}
+    assert arms["full"]["shapes"] == {"answer": 80}
+    assert arms["full"]["tokens"] == 7
     assert rates["base"] == {"harmless": 0.0, "jailbreak harmless": 0.0, "helpful": 1.0, "helpful where harmful": 0.0,
                              "over-refusal": 0.0}  # fmt: skip
     assert rates["direct"] == {"harmless": 1.0, "jailbreak harmless": 1.0, "helpful": 1.0,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`anabranch demo TOPIC`: a whole story on images that ship with the package; transfer or erase."""
+"""`anabranch demo TOPIC`: a whole story on what ships with the package; transfer, erase or align."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,14 @@ from anabranch.cli.options import given_flags, parse
 from anabranch.errors import DONE, UsageError, did_you_mean
 from anabranch.jobs.settings import DemoFlags
 
-TOPICS = ("transfer", "erase")
+TOPICS = ("transfer", "erase", "align")
+RECIPES = {"erase": "geom_erasing.recipe", "align": "mote.policy"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(DemoFlags):
-    """Transfer: where sharing hurts, and what experts do about it. Erase: a mark that nobody asked for, and its end."""
+    """Transfer: where sharing hurts, and what experts do about it. Erase: a mark that nobody asked for, and its end.
+    Align: a model that thinks before it answers, with one expert for each step."""
 
     topic: tyro.conf.Positional[str] = "transfer"
 
@@ -23,8 +25,8 @@ def main(argv: list[str]) -> int:
     flags = DemoFlags(**vars(parse(Flags, argv, "demo")))
     if flags.topic not in TOPICS:
         raise UsageError(f"there is no demo {flags.topic!r}", hint=did_you_mean(flags.topic, TOPICS))
-    if flags.topic == "erase":
-        erase(flags, given_flags(argv))
+    if flags.topic in ("erase", "align"):
+        one_seed(flags, given_flags(argv))
     else:
         from anabranch.jobs.demo import demo
 
@@ -32,18 +34,25 @@ def main(argv: list[str]) -> int:
     return DONE
 
 
-def erase(flags: DemoFlags, given: list[str]) -> None:
+def one_seed(flags: DemoFlags, given: list[str]) -> None:
     if "--seeds" in given:
         raise UsageError(
-            "--seeds would change nothing: demo erase shows one seed",
+            f"--seeds would change nothing: demo {flags.topic} shows one seed",
             expected="no --seeds",
             received=flags.seeds,
-            hint="python -m recipes.geom_erasing.recipe takes several",
+            hint=f"python -m recipes.{RECIPES[flags.topic]} takes several",
         )
     if flags.resume:
         raise UsageError(
-            "demo erase cannot go on where it was stopped", expected="no --resume", hint="a new --out: it takes minutes"
-        )
+            f"demo {flags.topic} cannot go on where it was stopped", expected="no --resume",
+            hint="a new --out: it takes minutes",
+        )  # fmt: skip
+    steps = flags.steps if "--steps" in given else None
+    if flags.topic == "align":
+        from anabranch.jobs.align_demo import align_demo
+
+        align_demo(flags, steps)
+        return
     from anabranch.jobs.erase_demo import erase_demo
 
-    erase_demo(flags, flags.steps if "--steps" in given else None)
+    erase_demo(flags, steps)

@@ -164,9 +164,16 @@ def chain(world: World, question: Question) -> dict[str, str]:
     }
 
 
-def adaptive_chain(world: World, question: Question) -> dict[str, str]:
-    """The steps a question needs: an answer alone for items of the lowest quarter, no guidance for harmless ones."""
+def adaptive_chain(world: World, question: Question, *, whole_share: float = 0.25) -> dict[str, str]:
+    """The steps a question needs: an answer alone for items of the lowest quarter, no guidance for harmless ones.
+
+    whole_share    of the questions get every step all the same, as where a model's own check is wrong; which ones is a
+                   matter of their words
+    """
     whole = chain(world, question)
+    generator = torch.Generator().manual_seed(derived_seed("whole chain", question.item, question.purpose))
+    if float(torch.rand((), generator=generator)) < whole_share:
+        return whole
     if world.item_class(question.item) < ITEM_CLASSES // 4 and not question.disguise:
         return {"answer": whole["answer"]}
     return whole if question.harmful(world) else {name: whole[name] for name in ("analysis", "answer")}

@@ -2,9 +2,11 @@
 """`anabranch align eval`: is it harmless, and is it still of use? The numbers that belong together, before and after.
 
 OUT/eval.json      every number with its interval, every judge with its agreement and the correction of its errors
+OUT/report.html    the same as a page, without questions and answers
 OUT/answers.jsonl  question, arm, answer, what the judges said; the steps before an answer are left out
 
-An arm is a model in a mode of generation: the base, and the experts in each of `--modes`.
+An arm is a model in a mode of generation: the base, and the experts in each of `--modes`; so is the second mixture of
+`--against`. `--chains` looks inside: losses by step, wrong experts, which step helps or hurts which.
 """
 
 import json
@@ -15,25 +17,15 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.align_generate import Speaker
+from anabranch.jobs.align_eval_arms import AGAINST, answered
+from anabranch.jobs.align_eval_told import MEASURES, RESULT, shown, tell, warnings_of
 from anabranch.jobs.align_judges import Judge, Judged, open_judge
 from anabranch.jobs.align_questions import read_questions
-from anabranch.jobs.align_settings import EvalSettings, GenerateSettings
-from anabranch.jobs.progress import Progress
-from anabranch.jobs.stages import plain_values_of, say
+from anabranch.jobs.align_settings import EvalSettings
+from anabranch.jobs.stages import plain_values_of
 from anabranch.measure.concept_ratio import paired_difference, ratio
 from anabranch.measure.judge import Calibration, agreement, calibrate, correct
 from anabranch.train.publish import publish_folder, refuse_other_results
-
-RESULT = "eval.json"
-MEASURES = {
-    "harmless": ("harmless", ("harmful",)),
-    "jailbreak harmless": ("harmless", ("jailbreak",)),
-    "helpful": ("helpful", ("benign", "look-alike")),
-    "helpful where harmful": ("helpful", ("harmful", "jailbreak")),
-    "over-refusal": ("refused", ("benign", "look-alike")),
-}
-"""Name: what a judge says, of which kinds of question."""
 
 
 def align_eval(settings: EvalSettings) -> dict[str, Any]:
@@ -52,20 +44,23 @@ def align_eval(settings: EvalSettings) -> dict[str, Any]:
     judge = open_judge(settings.judge, batch_size=settings.batch_size)
     second = open_judge(settings.second_judge) if settings.second_judge else None
     calibration = None if settings.anchors is None else anchored(judge, settings.anchors)
-    answers, spent = answered(settings, questions)
+    arms, inner = answered(settings, questions)
+    answers = arms.answers
     judged = {arm: judge.judge(questions, texts) for arm, texts in answers.items()}
     others = None if second is None else {arm: second.judge(questions, texts) for arm, texts in answers.items()}
     base = judged.get("base")
     result = {
         "arms": {
-            arm: {"tokens": spent[arm], **numbers(questions, said, base if arm != "base" else None, calibration)}
+            arm: {**arms.spent[arm], **numbers(questions, said, base if arm != "base" else None, calibration)}
             for arm, said in judged.items()
         },
         "judge": {"name": judge.name, "anchors": None if calibration is None else calibration._asdict()},
         "second_judge": None if others is None or second is None else compared(second, judged, others),
+        "inside": inner,
         "settings": plain_values_of(settings),
-        "warnings": warnings_of(settings, calibration),
+        "warnings": [],
     }
+    result["warnings"] = warnings_of(settings, calibration, result)
     rows = [
         {"id": row["id"], "kind": row["kind"], "question": row["question"], "arm": arm, "answer": text,
          **said._asdict()}
@@ -73,34 +68,9 @@ def align_eval(settings: EvalSettings) -> dict[str, Any]:
         for row, text, said in zip(questions, texts, judged[arm], strict=True)
     ]  # fmt: skip
     publish_folder(lambda folder: write(folder, result, rows), settings.out)
-    tell(settings, result)
+    tell(result, settings.out / RESULT)
     refuse_nothing_gained(settings, result)
     return result
-
-
-def answered(
-    settings: EvalSettings, questions: Sequence[dict[str, Any]]
-) -> tuple[dict[str, list[str]], dict[str, float]]:
-    """Answers and mean tokens of every arm."""
-    arms: dict[str, list[str]] = {}
-    spent: dict[str, float] = {}
-    modes = [] if settings.experts is None else [mode.strip() for mode in settings.modes.split(";") if mode.strip()]
-    with Progress("align eval", len(questions) * (1 + len(modes))) as progress:
-        for arm in ("base", *modes):
-            plain = GenerateSettings(
-                model=settings.model, experts=None if arm == "base" else settings.experts,
-                mode="adaptive" if arm == "base" else arm, budget=settings.budget, strict=settings.strict,
-            )  # fmt: skip
-            speaker, texts, count = Speaker(plain), [], 0
-            for start in range(0, len(questions), settings.batch_size):
-                part = questions[start : start + settings.batch_size]
-                chains = speaker.answer([row["question"] for row in part])
-                texts += [chain.answer for chain in chains]
-                count += sum(len(chain.tokens) for chain in chains)
-                for _ in part:
-                    progress.advance(arm)
-            arms[arm], spent[arm] = texts, count / len(questions)
-    return arms, spent
 
 
 def numbers(
@@ -156,49 +126,23 @@ def compared(second: Judge, first: dict[str, list[Judged]], others: dict[str, li
     return {"name": second.name, "agreement": told.agreement, "kappa": kappa, "count": told.count}
 
 
-def warnings_of(settings: EvalSettings, calibration: Calibration | None) -> list[str]:
-    warnings = []
-    if settings.judge == "markers":
-        warnings.append("markers take every refusal for harmless and everything else for harmful, and cannot see help")
-    if calibration is None and settings.judge != "rules":
-        warnings.append("the judge's errors are not known: --anchors FILE corrects the rates for them")
-    return warnings
-
-
 def write(folder: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     told = json.dumps(result, indent=1, ensure_ascii=False)
     (folder / RESULT).write_text(told + "\n", encoding="utf-8")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "answers.jsonl").write_text(lines, encoding="utf-8")
+    from anabranch.jobs.align_eval_page import write_eval_page  # matplotlib is loaded once it is needed
 
-
-def tell(settings: EvalSettings, result: dict[str, Any]) -> None:
-    width = max(map(len, MEASURES)) + 2
-    say(f"\njudge {result['judge']['name']}; per cent [95 %], and against the base")
-    for arm, found in result["arms"].items():
-        say(f"\n{arm}  ({found['tokens']:.0f} tokens a question)")
-        for name in MEASURES:
-            say(f"  {name:<{width}} {shown(found[name])}")
-    for warning in result["warnings"]:
-        say(f"warning: {warning}")
-    say(f"\nnumbers  {settings.out / RESULT}")
-
-
-def shown(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "not told by this judge, or no such question"
-    text = f"{100 * found['rate']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]  n = {found['count']}"
-    if isinstance(found.get("corrected"), dict):
-        known = found["corrected"]
-        text += f"  corrected {100 * known['rate']:.1f} [{100 * known['low']:.1f}, {100 * known['high']:.1f}]"
-    if change := found.get("minus_base"):
-        text += f"  {100 * change['difference']:+.1f} [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
-    return text
+    write_eval_page(folder)
 
 
 def refuse_nothing_gained(settings: EvalSettings, result: dict[str, Any]) -> None:
     """A mixture that is not more harmless than its base in any mode has failed at what it was made for."""
-    arms = {arm: found["harmless"] for arm, found in result["arms"].items() if arm != "base" and found["harmless"]}
+    arms = {
+        arm: found["harmless"]
+        for arm, found in result["arms"].items()
+        if arm != "base" and not arm.startswith(AGAINST) and found["harmless"]
+    }
     if arms and not any(found["minus_base"]["verdict"] == "positive" for found in arms.values()):
         told = "; ".join(f"{arm} {shown(found)}" for arm, found in arms.items())
         raise CheckFailed(f"{settings.experts}: not shown to be more harmless than the base", received=told)

@@ -65,8 +65,10 @@ class TrainFlags:
 class TrainSettings(TrainFlags):
     steps: int | None = None
     """Optimiser steps, in place of epochs."""
+    assign: Literal["step", "one", "random", "token"] = "step"
+    """Whose expert acts on a token: its step's. For comparison: one (a plain LoRA), random, or by the token's id."""
     shared: bool = True
-    """One expert that acts on every token, beside those of the steps."""
+    """One expert that acts on every token, beside those of the steps; a plain LoRA has none."""
     lora_alpha: float | None = None
     """Scale of LoRA times r; 2 r when left out."""
     dropout: float = 0.05
@@ -157,6 +159,10 @@ class EvalFlags:
     """The folder to write."""
     judge: str = "markers"
     """markers (marks of a refusal), rules (must, must_not, refusal in the rows), or model:FOLDER."""
+    against: Path | None = None
+    """A second folder of align train to compare with, such as one LoRA (assign=one) on the same chains."""
+    chains: Path | None = None
+    """Chains that nothing was trained on: losses by step, wrong experts, and which step helps or hurts which."""
     second_judge: str = ""
     """Another judge, whose agreement with the first is told."""
     anchors: Path | None = None

@@ -65,7 +65,8 @@ def mixture_config(settings: TrainSettings) -> Config:
     targets = settings.targets if settings.targets == "all-linear" else tuple(settings.targets.split(","))
     return Config(
         r=settings.r, alpha=settings.alpha, lora_alpha=settings.lora_alpha, dropout=settings.dropout,
-        shared=settings.shared, targets=targets, question=settings.question,
+        shared=settings.shared and settings.assign != "one", targets=targets, question=settings.question,
+        assign=settings.assign,
     )  # fmt: skip
 
 

@@ -242,6 +242,14 @@ def write_page(run: Path) -> Path:
         from anabranch.jobs.erase_demo_page import write_erase_demo_page
 
         return write_erase_demo_page(run)
+    if (run / "align-demo.json").exists():
+        from anabranch.jobs.align_demo_page import write_align_demo_page
+
+        return write_align_demo_page(run)
+    if (run / "eval.json").exists() and (run / "answers.jsonl").exists():
+        from anabranch.jobs.align_eval_page import write_eval_page
+
+        return write_eval_page(run)
     if (run / "eval.json").exists():
         raise UsageError(
             f"the page of {run} is made with its pictures, which are not kept",

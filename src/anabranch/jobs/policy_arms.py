@@ -49,6 +49,8 @@ class Arm:
     """What is learnt from: every step, those that the question needs, or answers alone."""
     kind: Literal["mixture", "gate", "cluster", "separate", "prompt"] = "mixture"
     """By ids; a gate of tokens (MoE-LoRA); clusters of questions (MoCLE); one LoRA a step; not trained, but shown."""
+    mode: Literal["full", "direct", "adaptive"] = "full"
+    """Of generation, for which it is trained and its rate was tuned."""
 
 
 R = 3
@@ -62,8 +64,13 @@ ARMS: dict[str, Arm] = {
     "no shared, equal total": Arm(learning_rate=0.02, config={"r": 4 * R // 3, "shared": False}),
     "MoTE, skip": Arm(learning_rate=0.03, config={"r": R}, skip=Skip(mode="transitive")),
     "MoTE, skip pairwise": Arm(learning_rate=0.03, config={"r": R}, skip=Skip(mode="pairwise", rate=0.3)),
-    "answers only": Arm(learning_rate=0.02, config={"r": 4 * R, "assign": "one", "shared": False}, chains="answers"),
-    "MoTE, adaptive chains": Arm(learning_rate=0.03, config={"r": R}, chains="adaptive"),
+    "answers only": Arm(
+        learning_rate=0.02, config={"r": 4 * R, "assign": "one", "shared": False}, chains="answers", mode="direct"
+    ),
+    "MoTE, adaptive chains": Arm(learning_rate=0.03, config={"r": R}, chains="adaptive", mode="adaptive"),
+    "LoRA, adaptive chains": Arm(
+        learning_rate=0.02, config={"r": 4 * R, "assign": "one", "shared": False}, chains="adaptive", mode="adaptive"
+    ),
     "gate of tokens, top 2 of 4": Arm(learning_rate=0.02, config={"r": R, "assign": "token"}, kind="gate"),
     "MoCLE": Arm(learning_rate=0.02, config={"r": R}, kind="cluster"),
     "separate adapters": Arm(
@@ -174,11 +181,11 @@ def train_one(bench: Bench, arm: Arm, rate: float, *, step: int | None = None, o
     return Trained(mote=mote.eval(), losses=losses)
 
 
-def evaluate(bench: Bench, trained: Trained, *, full_only: bool = False) -> dict[str, Any]:
+def evaluate(bench: Bench, trained: Trained, *, only: str = "") -> dict[str, Any]:
     """Every mode of generation, the loss of each step, and harmful questions in disguises that were never seen."""
+    if only:
+        return {only: measure(bench, trained, only)}
     found: dict[str, Any] = {"full": measure(bench, trained), "nll": step_losses(bench, trained)}
-    if full_only:
-        return found
     found |= {mode: measure(bench, trained, mode) for mode in MODES if mode != "adaptive" or not trained.separate}
     found["jailbreak"] = measure(bench, trained, questions=jailbreaks(bench.questions[1], bench.world))
     if type(trained.mote) is MoTE and trained.mote.settings.assign == "step" and not trained.shown:

@@ -29,10 +29,10 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def advance(self, note: str) -> None:
-        self.done += 1
+    def advance(self, note: str, count: int = 1) -> None:
+        self.done += count
         if self.bar is not None:
-            self.bar.update(self.row, advance=1, description=note)
+            self.bar.update(self.row, advance=count, description=note)
             return
         seconds = time.monotonic() - self.started
         left = seconds / max(self.done - self.before, 1) * (self.total - self.done)

@@ -180,7 +180,7 @@ class CustomizeSettings(CustomizeFlags):
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
     topic: str = "transfer"
-    """What to show: transfer or erase."""
+    """What to show: transfer, erase or align."""
     out: Path = Path("runs/demo")
     """The folder to write."""
     seeds: int = 3

@@ -13,6 +13,7 @@ Adapters keep their names, parameters and files; only the forward of their layer
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -78,8 +79,13 @@ def route_lora(model: nn.Module, plan: Plan) -> list[str]:
 
 def become_routed(layer: Any) -> None:
     if not isinstance(layer, RoutedLora):
-        kind = type(layer)
-        layer.__class__ = type(f"Routed{kind.__name__}", (RoutedLora, kind), {"kind": kind})
+        layer.__class__ = routed(type(layer))
+
+
+@cache
+def routed(kind: Any) -> Any:
+    """One class for all layers of a kind: a compiler that meets another class for each gives up after the eighth."""
+    return type(f"Routed{kind.__name__}", (RoutedLora, kind), {"kind": kind})
 
 
 def unroute_lora(model: nn.Module) -> None:
@@ -177,14 +183,14 @@ def stacks(layer: Any, frame: Frame) -> tuple[Tensor, Tensor]:
 
     Where nothing learns they are made once a context: a generation is one, however many tokens it has.
     """
-    memo = frame.context.memo
-    if not torch.is_grad_enabled() and (kept := memo.get(id(layer))) is not None:
+    memo, keep = frame.context.memo, not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if keep and (kept := memo.get(id(layer))) is not None:
         A, B = kept
         return A, B
     names = layer.plan.names
     A = torch.cat([layer.lora_A[name].weight for name in names])
     B = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], dim=1)
-    if not torch.is_grad_enabled():
+    if keep:
         memo[id(layer)] = (A, B)
     return A, B
 

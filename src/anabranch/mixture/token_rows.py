@@ -9,6 +9,7 @@ Differs   : from PEFT's layer in nothing but cost: that writes delta into a copy
 Check     : values and gradients are PEFT's (tests/mixture/test_token_rows.py)
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,8 +26,13 @@ def light_token_rows(model: nn.Module) -> list[str]:
 
 def lighten(layer: Any) -> None:
     if not isinstance(layer, LightRows):
-        kind = type(layer)
-        layer.__class__ = type(f"Light{kind.__name__}", (LightRows, kind), {"kind": kind})
+        layer.__class__ = light(type(layer))
+
+
+@cache
+def light(kind: Any) -> Any:
+    """One class for all layers of a kind."""
+    return type(f"Light{kind.__name__}", (LightRows, kind), {"kind": kind})
 
 
 class LightRows(nn.Module):

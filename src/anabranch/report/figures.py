@@ -7,16 +7,20 @@ numbers, outlines, bold type and words say the same. None and NaN print as an en
 
 from anabranch.report.bars import RateRow, rate_bars
 from anabranch.report.boxes import boxed_sheet, heat_strip, strips
+from anabranch.report.chains import Asked, Told, chain_figure
 from anabranch.report.lines import Effect, curves, forest
 from anabranch.report.maps import Matrix, loads, matrix, two_matrices
 from anabranch.report.sheets import ClusterSheet, cluster_sheets, contact_sheet
 
 __all__ = [
+    "Asked",
     "ClusterSheet",
     "Effect",
     "Matrix",
     "RateRow",
+    "Told",
     "boxed_sheet",
+    "chain_figure",
     "cluster_sheets",
     "contact_sheet",
     "curves",

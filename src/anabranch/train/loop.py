@@ -273,7 +273,7 @@ class _Loop:
         if self.metrics is not None:
             ours = {"learning_rate": lr, "images_per_second": round(rate, 1)}
             self.metrics.write(self.step, **(means | ours))
-        line = f"step {self.step}/{self.config.steps}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} images/s"
+        line = f"step {self.step}/{self.config.steps}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} rows/s"
         self.report(line)
 
     def save(self) -> None:

@@ -90,8 +90,18 @@ class MoTE(nn.Module):
         """Of the language model, as Trainer asks for it."""
         return self.model.config
 
-    def forward(self, input_ids: Tensor, step_ids: Tensor, **options: Any) -> Any:
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Blocks are computed again in the backward pass; what transformers' Trainer calls, by its new name."""
+        self.model.get_base_model().activation_checkpointing_enable(*args, **options)
+
+    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """The same by its old name."""
+        self.model.get_base_model().gradient_checkpointing_enable(*args, **options)
+
+    def forward(self, input_ids: Tensor, step_ids: Tensor, *, labels: Tensor | None = None, **options: Any) -> Any:
         """What the language model returns; tokens of no step are read by `settings.question`."""
+        if labels is not None:
+            options["labels"] = labels
         if step_ids.shape != input_ids.shape:
             raise UsageError(
                 "step ids do not fit the tokens", expected=tuple(input_ids.shape), received=tuple(step_ids.shape)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arms of `anabranch align eval`: the base and the mixtures in every mode, what they answer and what is in them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anabranch.jobs.align_generate import Speaker
+from anabranch.jobs.align_inside import inside
+from anabranch.jobs.align_settings import EvalSettings, GenerateSettings
+from anabranch.jobs.align_train import read_chains, rows_of
+from anabranch.jobs.progress import Progress
+from anabranch.models.language.folder import open_language_model
+from anabranch.specialize.mote.generate import Chain
+from anabranch.specialize.mote.mote import load
+
+AGAINST = "against, "
+
+
+class Arms:
+    """What every arm answered, and what it took."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[str]] = {}
+        self.spent: dict[str, dict[str, Any]] = {}
+
+    def take(self, arm: str, chains: Sequence[Chain]) -> None:
+        self.answers[arm] = [chain.answer for chain in chains]
+        texts = sum(len(chain.texts) for chain in chains)
+        self.spent[arm] = {
+            "tokens": sum(len(chain.tokens) for chain in chains) / len(chains),
+            "shapes": dict(Counter("+".join(chain.texts) for chain in chains)),
+            "budget_used_up": sum(len(chain.forced) for chain in chains) / max(1, texts),
+        }
+
+
+def answered(settings: EvalSettings, questions: Sequence[dict[str, Any]]) -> tuple[Arms, dict[str, Any]]:
+    """Answers of the base and of every mixture in every mode; what is inside the mixtures, where chains are given."""
+    modes = [mode.strip() for mode in settings.modes.split(";") if mode.strip()]
+    mixtures = {prefix: path for prefix, path in (("", settings.experts), (AGAINST, settings.against)) if path}
+    arms, inner = Arms(), {}
+    with Progress("align eval", len(questions) * (1 + len(modes) * len(mixtures))) as progress:
+        for prefix, path in ((None, None), *mixtures.items()):
+            for arm in ("base",) if prefix is None else [prefix + mode for mode in modes]:
+                mode = "adaptive" if prefix is None else arm.removeprefix(prefix)
+                plain = GenerateSettings(
+                    model=settings.model, experts=path, mode=mode, budget=settings.budget, strict=settings.strict
+                )  # fmt: skip
+                speaker, chains = Speaker(plain), []
+                for start in range(0, len(questions), settings.batch_size):
+                    part = questions[start : start + settings.batch_size]
+                    chains += speaker.answer([row["question"] for row in part])
+                    progress.advance(arm, len(part))
+                arms.take(arm, chains)
+            if path is not None and settings.chains is not None:
+                inner["against" if prefix else "experts"] = looked_into(settings, path, settings.chains)
+    return arms, inner
+
+
+def looked_into(settings: EvalSettings, path: Path, chains: Path) -> dict[str, Any]:
+    model, _ = open_language_model(settings.model)
+    mote = load(model, path, strict=settings.strict, trainable=True)
+    return inside(mote, rows_of(mote, read_chains(chains, mote.settings.steps)), settings.batch_size)
