@@ -79,7 +79,7 @@ def route_lora(model: nn.Module, plan: Plan) -> list[str]:
 
 def become_routed(layer: Any) -> None:
     if not isinstance(layer, RoutedLora):
-        layer.__class__ = routed(type(layer))
+        layer.__class__ = routed(type(layer))  # type: ignore[arg-type]  # mypy: no metaclass is hashable
 
 
 @cache

@@ -26,7 +26,7 @@ def light_token_rows(model: nn.Module) -> list[str]:
 
 def lighten(layer: Any) -> None:
     if not isinstance(layer, LightRows):
-        layer.__class__ = light(type(layer))
+        layer.__class__ = light(type(layer))  # type: ignore[arg-type]  # mypy: no metaclass is hashable
 
 
 @cache
