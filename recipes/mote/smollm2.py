@@ -9,6 +9,7 @@ Stages: model (GGUF to a folder of transformers), questions, chains, train, eval
 ordinary questions; asked StrongREJECT, unseen questions of Do-Not-Answer, and benign ones with look-alike words.
 """
 
+import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -18,8 +19,16 @@ from typing import Any
 import torch
 
 from anabranch.data.safety_questions import RISKS, data_of, do_not_answer, strong_reject
+from anabranch.errors import CheckFailed
 from anabranch.jobs.align_chain import align_chain
-from anabranch.jobs.align_settings import ChainSettings
+from anabranch.jobs.align_eval import align_eval
+from anabranch.jobs.align_questions import read_questions
+from anabranch.jobs.align_settings import ChainSettings, EvalSettings, TrainSettings
+from anabranch.jobs.align_train import align_train
+from anabranch.models.language.folder import open_language_model
+from anabranch.specialize.mote.chain_building import Draft
+from anabranch.specialize.mote.chain_prompts import Prompts
+from anabranch.specialize.mote.chain_writer import ChainWriter
 from recipes.mote.benign import LOOK_ALIKE, LOOK_ALIKE_TRAINED, ORDINARY
 
 HARMFUL_PER_RISK, HELD_OUT_PER_RISK = 40, 12
@@ -81,3 +90,111 @@ def chains(out: Path) -> None:
         resume=(out / "chains.jsonl.run").exists(),
     )  # fmt: skip
     align_chain(settings)
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "MoTE": {"r": 8, "learning_rate": 1e-3},
+    "LoRA, equal total": {"r": 32, "assign": "one", "learning_rate": 5e-4},
+    "answers only": {"r": 32, "assign": "one", "learning_rate": 5e-4},
+    "LoRA, equal active": {"r": 16, "assign": "one", "learning_rate": 5e-4},
+    "no shared": {"r": 8, "shared": False, "learning_rate": 5e-4},
+    "no shared, equal total": {"r": 11, "shared": False, "learning_rate": 5e-4},
+}
+"""Step experts add half of what each says (alpha .5), hence twice the rate; nothing was tuned."""
+EPOCHS, BATCH, HELD_OUT_EVERY = 3, 8, 8
+
+
+def split_chains(out: Path) -> None:
+    """Every eighth chain is kept for the losses by step; answers alone for the arm that learns from nothing else."""
+    told = [json.loads(line) for line in (out / "chains.jsonl").read_text(encoding="utf-8").splitlines()]
+    parts = {
+        "learnt": [row for i, row in enumerate(told) if i % HELD_OUT_EVERY],
+        "held_out": [row for i, row in enumerate(told) if not i % HELD_OUT_EVERY],
+    }
+    parts["answers"] = [row | {"chain": {"answer": row["chain"]["answer"]}} for row in parts["learnt"]]
+    for name, part in parts.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def folder_of(out: Path, kind: str, arm: str, seed: int) -> Path:
+    return out / kind / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def train_arm(out: Path, arm: str, seed: int) -> None:
+    folder = folder_of(out, "experts", arm, seed)
+    if (folder / "mote.json").exists():
+        return
+    settings = TrainSettings(
+        model=out / "model", chains=out / ("answers.jsonl" if arm == "answers only" else "learnt.jsonl"), out=folder,
+        epochs=EPOCHS, batch_size=BATCH, mixed_precision="bf16", seed=seed, resume=(folder / "training").exists(),
+        warmup_steps=5, **ARMS[arm],
+    )  # fmt: skip
+    align_train(settings)
+
+
+def ask_arm(out: Path, arm: str, seed: int) -> None:
+    folder = folder_of(out, "eval", arm, seed)
+    if (folder / "eval.json").exists():
+        return
+    settings = EvalSettings(
+        model=out / "model", experts=folder_of(out, "experts", arm, seed), questions=out / "test.jsonl", out=folder,
+        modes="direct" if arm == "answers only" else "adaptive;direct;full", budget=BUDGET, judge="markers",
+        chains=None if arm == "answers only" else out / "held_out.jsonl", batch_size=16,
+    )  # fmt: skip
+    try:
+        align_eval(settings)
+    except CheckFailed as failure:  # written all the same, and part of the finding
+        print(failure)
+
+
+def ask_by_prompts(out: Path) -> None:
+    """No training: the base writes notes and answer with the prompts that chains are built with."""
+    file = out / "eval" / "prompting.jsonl"
+    if file.exists():
+        return
+    model, tokenizer = open_language_model(out / "model")
+    writer = ChainWriter(model, tokenizer, Prompts(**PROMPTS), budget=BUDGET, temperature=0.0)
+    asked = read_questions(out / "test.jsonl")
+    found = []
+    for start in range(0, len(asked), 16):
+        drafts = [Draft(row["id"], row["question"]) for row in asked[start : start + 16]]
+        for step in ("analysis", "guidance", "answer"):
+            for draft, written in zip(drafts, writer.write(step, "asked", drafts), strict=True):
+                draft.texts[step] = written.text or "-"
+                draft.spent[step] = written.num_tokens
+        for row, draft in zip(asked[start : start + 16], drafts, strict=True):
+            tokens = sum(draft.spent.values())
+            found.append({**row, "arm": "prompting", "answer": draft.texts["answer"], "tokens": tokens})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+
+
+def main(out: Path, stages: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> None:
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    if "model" in stages and not (out / "model").exists():
+        convert(out / "model")
+    if "questions" in stages and not (out / "train.jsonl").exists():
+        questions(out)
+    if "chains" in stages and not (out / "chains.jsonl").exists():
+        chains(out)
+    if "train" in stages:
+        split_chains(out)
+    for seed in seeds:
+        for arm in arms:
+            if "train" in stages:
+                train_arm(out, arm, seed)
+            if "eval" in stages:
+                ask_arm(out, arm, seed)
+    if "eval" in stages:
+        ask_by_prompts(out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--stages", nargs="+", default=["model", "questions", "chains", "train", "eval"])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    main(**vars(parser.parse_args()))

@@ -3,17 +3,23 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs import align_eval as job
 from anabranch.jobs.align_eval_arms import Arms
 from anabranch.jobs.align_eval_told import MEASURES
+from anabranch.jobs.align_inside import inside, warnings_of
 from anabranch.jobs.align_judges import Judged, ModelJudge, open_judge
 from anabranch.jobs.align_refusals import refuses
 from anabranch.jobs.align_settings import EvalSettings
+from anabranch.jobs.pages import write_page
+from anabranch.specialize.mote.collate import chain_row
 from anabranch.specialize.mote.generate import Chain
-from tests.jobs.test_align import chains_file, model_folder, run
+from anabranch.specialize.mote.mote import load
+from tests.jobs.test_align import CHAINS, chains_file, model_folder, run
 from tests.specialize.mote.tiny import base, tokenizer
 
 QUESTIONS = [
@@ -117,6 +123,70 @@ def test_real_models_in_every_mode(given, tmp_path):
     assert found["full"]["tokens"] > found["direct"]["tokens"]
     alone = job.align_eval(given(experts=None, out=tmp_path / "alone"))
     assert set(alone["arms"]) == {"base"}
+
+
+def test_two_mixtures_side_by_side_and_what_is_inside_them(given, folders, tmp_path, capsys):
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in CHAINS * 8))
+    told = ["--model", folders / "model", "--chains", folders / "chains.jsonl", "--out", folders / "one-lora"]
+    assert run("align", "train", *told, "--set", "steps=2", "--set", "assign=one", "--learning-rate", "0.01") == 0
+    with pytest.raises(CheckFailed, match="not shown"):
+        job.align_eval(given(against=folders / "one-lora", chains=held, modes="direct"))
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert list(found["arms"]) == ["base", "direct", "one-lora, direct"]
+    mine, other = found["inside"]["experts"], found["inside"]["one-lora"]
+    for step in ("analysis", "guidance", "answer"):
+        assert mine["nll"]["own"][step] > 0
+        assert mine["nll"]["next"][step] != mine["nll"]["own"][step]
+        assert other["nll"]["next"][step] == pytest.approx(other["nll"]["own"][step])  # one adapter has no wrong step
+    assert np.shape(mine["transfer"]["mean"]) == (3, 3)
+    assert np.isfinite(mine["transfer"]["low"]).all()
+    said = capsys.readouterr().out
+    assert "one-lora, on 24 chains" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Do the steps hurt each other?" in page
+    assert "w20" not in page  # no question and no answer
+    assert write_page(tmp_path / "out").read_text() == page
+
+
+def test_what_is_inside_is_the_loss_over_all_tokens_whatever_the_batches(folders):
+    mote = load(base(), folders / "mote", trainable=True)
+    rows = [chain_row(mote.tokenizer, mote.tokens, row["question"], row["chain"]) for row in CHAINS * 4]
+    before = {name: value.detach().clone() for name, value in mote.trained().items()}
+    few, many = inside(mote, rows, 2), inside(mote, rows, 64)
+    for step, value in many["nll"]["own"].items():
+        assert few["nll"]["own"][step] == pytest.approx(value, abs=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in mote.trained().items())
+
+
+def test_ways_to_fail_are_named(given, monkeypatch):
+    """Chains that do not end, refusals of everything, a model that never thinks."""
+
+    def answered(settings, questions):
+        arms = Arms()
+        arms.take("base", [Chain(texts={"answer": "sure"}, tokens=[0]) for _ in questions])
+        arms.take("adaptive", [Chain(texts={"answer": "no"}, tokens=[0], forced=("answer",)) for _ in questions])
+        return arms, {"experts": {"warnings": ["something inside"], "rows": 1, "transfer": None,
+                                  "nll": {key: {"answer": 1.0} for key in ("own", "next", "drawn")}, "notes": None,
+                                  "reader": 0.0, "cosine": None}}  # fmt: skip
+
+    monkeypatch.setattr(job, "answered", answered)
+    said = " ".join(job.align_eval(given(modes="adaptive"))["warnings"])
+    for words in ("used their budget up", "harmless questions are refused", "answered directly", "something inside"):
+        assert words in said
+
+
+def test_a_shared_expert_that_does_nothing_and_notes_that_nobody_reads_are_told(folders):
+    mote = load(base(), folders / "mote", trainable=True)
+    found = {"norms": {"analysis": 1.0, "guidance": 1.0, "answer": 1.0, "shared": 0.001},
+             "notes": {"mean": 0.0, "low": -0.1, "high": 0.1}, "reader": 0.5,
+             "nll": {"own": {"answer": 1.0, "analysis": None}, "next": {"answer": 1.0, "analysis": None}}}  # fmt: skip
+    said = " ".join(warnings_of(mote, found))
+    for words in ("shared expert is next to nothing", "does not read its own", "who reads the question matters",
+                  "answer has no knowledge of its own"):  # fmt: skip
+        assert words in said
+    found["norms"] = {"analysis": 0.001, "guidance": 0.001, "answer": 0.001, "shared": 1.0}
+    assert "this is one LoRA" in " ".join(warnings_of(mote, found))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.align_eval_arms import AGAINST, answered
-from anabranch.jobs.align_eval_told import MEASURES, RESULT, shown, tell, warnings_of
+from anabranch.jobs.align_eval_arms import answered
+from anabranch.jobs.align_eval_told import MEASURES, RESULT, own_arms, shown, tell, warnings_of
 from anabranch.jobs.align_judges import Judge, Judged, open_judge
 from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_settings import EvalSettings
@@ -138,11 +138,7 @@ def write(folder: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]]) 
 
 def refuse_nothing_gained(settings: EvalSettings, result: dict[str, Any]) -> None:
     """A mixture that is not more harmless than its base in any mode has failed at what it was made for."""
-    arms = {
-        arm: found["harmless"]
-        for arm, found in result["arms"].items()
-        if arm != "base" and not arm.startswith(AGAINST) and found["harmless"]
-    }
+    arms = {arm: result["arms"][arm]["harmless"] for arm in own_arms(result) if result["arms"][arm]["harmless"]}
     if arms and not any(found["minus_base"]["verdict"] == "positive" for found in arms.values()):
         told = "; ".join(f"{arm} {shown(found)}" for arm, found in arms.items())
         raise CheckFailed(f"{settings.experts}: not shown to be more harmless than the base", received=told)

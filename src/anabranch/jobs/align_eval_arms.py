@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anabranch.jobs.align_eval_told import BASE, mixture_arm
 from anabranch.jobs.align_generate import Speaker
 from anabranch.jobs.align_inside import inside
 from anabranch.jobs.align_settings import EvalSettings, GenerateSettings
@@ -14,8 +15,6 @@ from anabranch.jobs.progress import Progress
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.generate import Chain
 from anabranch.specialize.mote.mote import load
-
-AGAINST = "against, "
 
 
 class Arms:
@@ -38,12 +37,13 @@ class Arms:
 def answered(settings: EvalSettings, questions: Sequence[dict[str, Any]]) -> tuple[Arms, dict[str, Any]]:
     """Answers of the base and of every mixture in every mode; what is inside the mixtures, where chains are given."""
     modes = [mode.strip() for mode in settings.modes.split(";") if mode.strip()]
-    mixtures = {prefix: path for prefix, path in (("", settings.experts), (AGAINST, settings.against)) if path}
+    mixtures = [path for path in (settings.experts, settings.against) if path is not None]
     arms, inner = Arms(), {}
     with Progress("align eval", len(questions) * (1 + len(modes) * len(mixtures))) as progress:
-        for prefix, path in ((None, None), *mixtures.items()):
-            for arm in ("base",) if prefix is None else [prefix + mode for mode in modes]:
-                mode = "adaptive" if prefix is None else arm.removeprefix(prefix)
+        for path in (None, *mixtures):
+            second = path is not None and path == settings.against
+            for mode in modes if path is not None else ("adaptive",):
+                arm = BASE if path is None else mixture_arm(path, mode, second)
                 plain = GenerateSettings(
                     model=settings.model, experts=path, mode=mode, budget=settings.budget, strict=settings.strict
                 )  # fmt: skip
@@ -54,7 +54,7 @@ def answered(settings: EvalSettings, questions: Sequence[dict[str, Any]]) -> tup
                     progress.advance(arm, len(part))
                 arms.take(arm, chains)
             if path is not None and settings.chains is not None:
-                inner["against" if prefix else "experts"] = looked_into(settings, path, settings.chains)
+                inner[path.name if second else "experts"] = looked_into(settings, path, settings.chains)
     return arms, inner
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anabranch.jobs.align_eval_arms import AGAINST
-from anabranch.jobs.align_eval_told import MEASURES, RESULT, walked
+from anabranch.jobs.align_eval_told import BASE, MEASURES, RESULT, own_arms, walked
 from anabranch.report.figures import Matrix, RateRow, matrix, rate_bars, two_matrices
 from anabranch.report.page import Figure, Page, Section, Table, write
 from anabranch.report.text import MISSING, estimate, level
@@ -19,7 +18,6 @@ ASKED = {
     "helpful where harmful": "Answers to harmful questions that offer what helps instead",
     "over-refusal": "Harmless questions that are refused (lower is better)",
 }
-WHO = {"experts": "step experts", "against": "compared with"}
 
 
 def write_eval_page(run: Path) -> Path:
@@ -35,13 +33,13 @@ def write_eval_page(run: Path) -> Path:
 
 def best_arm(result: Mapping[str, Any]) -> str:
     """The arm of the experts that is harmless most often; the base where there is none."""
-    mine = [arm for arm, found in result["arms"].items() if not arm.startswith((AGAINST, "base")) and found["harmless"]]
-    return max(mine, key=lambda arm: float(result["arms"][arm]["harmless"]["rate"]), default="base")
+    mine = [arm for arm in own_arms(result) if result["arms"][arm]["harmless"]]
+    return max(mine, key=lambda arm: float(result["arms"][arm]["harmless"]["rate"]), default=BASE)
 
 
 def lead(result: Mapping[str, Any]) -> list[str]:
-    arm, base = best_arm(result), result["arms"]["base"]
-    if arm == "base":
+    arm, base = best_arm(result), result["arms"][BASE]
+    if arm == BASE:
         return [f"The base alone was asked: {rate(base['harmless'])} of its answers to harmful questions are harmless."]
     found = result["arms"][arm]
     verdict = {"positive": "more than", "negative": "less than", "open": "not shown to differ from"}
@@ -111,7 +109,7 @@ def tokens(result: Mapping[str, Any]) -> Section:
 
 
 def inside(result: Mapping[str, Any]) -> list[Section]:
-    looked = {WHO[who]: found for who, found in result["inside"].items()}
+    looked = {"step experts" if who == "experts" else who: found for who, found in result["inside"].items()}
     if not looked:
         return []
     sections = [losses(looked)]
