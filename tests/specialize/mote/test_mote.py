@@ -287,3 +287,14 @@ def test_steps_have_names_and_tokens_that_differ():
 
 WORDS = [f"w{i}" for i in range(30)]
 TOKENIZED = (lambda mote: (mote.tokenizer, mote.tokens))(tiny(moved=False))
+
+
+def test_packed_rows_are_refused_by_collator_and_model():
+    mote = tiny(moved=False)
+    row = {"input_ids": [1, 2, 42, 3, 45], "step_spans": [("answer", 2, 5)]}
+    collate = StepSpanCollator(mote.tokens, 37)
+    with pytest.raises(UsageError, match="row 1 is packed"):
+        collate([row, {**row, "seq_lengths": [5]}])
+    batch = collate([row])
+    with pytest.raises(UsageError, match="packed into a row"):
+        mote(**batch, cu_seq_lens_q=torch.tensor([0, 5]))

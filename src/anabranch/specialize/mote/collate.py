@@ -72,6 +72,23 @@ def chain_row(
     return Row(ids, spans)
 
 
+PACKED = ("seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
+"""What rows carry in which several texts stand behind one another."""
+
+
+def refuse_packed(rows: Sequence[Any]) -> None:
+    """
+    Raises:
+        UsageError: a row in which several texts are packed: a step of one could read the steps of another.
+    """
+    for number, row in enumerate(rows):
+        if isinstance(row, Mapping) and (signs := [name for name in PACKED if name in row]):
+            raise UsageError(
+                f"row {number} is packed", expected="one chain a row, input_ids and step_spans",
+                received=f"{signs[0]} beside them", hint="packing=False, padding_free=False",
+            )  # fmt: skip
+
+
 def fitting(rows: Iterable[Row], max_length: int) -> tuple[list[Row], int]:
     """Rows that fit, and how many do not: a chain that is cut has lost its answer, so it is no chain."""
     rows = list(rows)
@@ -104,6 +121,7 @@ class StepSpanCollator:
         return self.collate(rows, generator)
 
     def collate(self, rows: Sequence[Row | Mapping[str, Any]], generator: torch.Generator) -> dict[str, Tensor]:
+        refuse_packed(rows)
         found = [row if isinstance(row, Row) else Row(list(row["input_ids"]), list(row["step_spans"])) for row in rows]
         for number, row in enumerate(found):
             check_spans(row.step_spans, len(row.input_ids), self.tokens.steps, number)

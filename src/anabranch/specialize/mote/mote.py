@@ -100,6 +100,11 @@ class MoTE(nn.Module):
 
     def forward(self, input_ids: Tensor, step_ids: Tensor, *, labels: Tensor | None = None, **options: Any) -> Any:
         """What the language model returns; tokens of no step are read by `settings.question`."""
+        if packed := [name for name in ("cu_seq_lens_q", "seq_idx") if options.get(name) is not None]:
+            raise UsageError(
+                "several texts are packed into a row", expected="one chain a row, padded", received=packed[0],
+                hint="packing=False, padding_free=False",
+            )  # fmt: skip
         if labels is not None:
             options["labels"] = labels
         if step_ids.shape != input_ids.shape:
