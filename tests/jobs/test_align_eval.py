@@ -167,7 +167,7 @@ def test_ways_to_fail_are_named(given, monkeypatch):
         arms.take("base", [Chain(texts={"answer": "sure"}, tokens=[0]) for _ in questions])
         arms.take("adaptive", [Chain(texts={"answer": "no"}, tokens=[0], forced=("answer",)) for _ in questions])
         return arms, {"experts": {"warnings": ["something inside"], "rows": 1, "transfer": None,
-                                  "nll": {key: {"answer": 1.0} for key in ("own", "next", "drawn")}, "notes": None,
+                                  "nll": {key: {"answer": 1.0} for key in ("own", "next", "drawn", "request")}, "notes": None,
                                   "reader": 0.0, "cosine": None}}  # fmt: skip
 
     monkeypatch.setattr(job, "answered", answered)

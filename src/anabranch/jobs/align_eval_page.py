@@ -119,17 +119,18 @@ def inside(result: Mapping[str, Any]) -> list[Section]:
 
 def losses(looked: Mapping[str, Any]) -> Section:
     rows = [
-        [who, step, *(level(found["nll"][whose][step], 3) for whose in ("own", "next", "drawn"))]
+        [who, step, *(level(found["nll"][whose][step], 3) for whose in ("own", "next", "drawn", "request"))]
         for who, found in looked.items()
         for step in found["nll"]["own"]
     ]
-    columns = ["model", "step", "its own experts", "the next step's", "drawn for each token"]
+    columns = ["model", "step", "its own experts", "the next step's", "drawn for each token", "a request a step"]
     notes = [
         f"{who}: {said}" for who, found in looked.items() for said in (told_notes(found), told_reader(found)) if said
     ]
     text = [
         "Mean loss of a token (nats) on chains that nothing was trained on. Wrong experts that foresee as well mean "
-        "that the experts are alike; for one adapter all three are the same.",
+        "that the experts are alike; for one adapter all columns are the same. The last column reads everything before "
+        "a step with the experts of that step, as an engine does that serves one adapter a request.",
     ]
     table = Table("Loss by step, with right and wrong experts", columns, rows, notes)
     return Section("Does each step need its own expert?", text=text, tables=[table])

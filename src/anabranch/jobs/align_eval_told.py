@@ -79,10 +79,11 @@ def walked(shapes: Mapping[str, int]) -> str:
 def tell_inside(who: str, found: dict[str, Any]) -> None:
     names = list(found["nll"]["own"])
     say(
-        f"\n{who}, on {found['rows']} chains: loss of a token, with the experts of its step, the next one's, drawn ones"
+        f"\n{who}, on {found['rows']} chains: loss of a token with the experts of its step, the next one's, drawn ones,"
     )
+    say("and with its step's on everything before it, as where an adapter is served a request")
     for name in names:
-        values = [found["nll"][whose][name] for whose in ("own", "next", "drawn")]
+        values = [found["nll"][whose][name] for whose in ("own", "next", "drawn", "request")]
         say(f"  {name:<10} " + "  ".join("-" if value is None else f"{value:.3f}" for value in values))
     if (transfer := found["transfer"]) is not None:
         say("  a small step on the row's loss lowers the column's by, %: " + ", ".join(names))

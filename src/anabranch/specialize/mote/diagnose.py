@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the steps' experts do what they are for? Losses under right and wrong experts, notes and readers.
 
-Equation  : own, wrong    mean -log p of a step's tokens with the experts of their steps, of the next step, drawn ones
+Equation  : own, wrong    mean -log p of a step's tokens with the experts of their steps, of the next step, drawn ones;
+                          request: with the step's own experts on every token before it, too
             notes         -log p of the answer after another chain's notes, minus that after its own, a row
             reader        max over pairs of readers e, f of KL(p_e || p_f), p the next word's distribution after the
                           question as read by one expert; mean over questions
@@ -44,12 +45,16 @@ def by_step(mote: MoTE, batch: Batch, told: Tensor) -> dict[str, float]:
 
 
 def right_and_wrong(mote: MoTE, batch: Batch, *, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Loss by step: {"own", "next", "drawn"}: with its own experts, those of the next step, one drawn a token."""
+    """Loss by step, with its own experts, those of the next step, one drawn a token, and ("request") with its own on
+    everything before it as well, as an engine with one adapter a request reads."""
     ids, num = batch["step_ids"], len(mote.settings.steps)
     inside = ids >= 0
     drawn = torch.randint(num, ids.shape, generator=torch.Generator().manual_seed(seed)).to(ids)
     wrong = {"own": ids, "next": torch.where(inside, (ids + 1) % num, ids), "drawn": torch.where(inside, drawn, ids)}
-    return {name: by_step(mote, batch, losses(mote, batch, changed)) for name, changed in wrong.items()}
+    found = {name: by_step(mote, batch, losses(mote, batch, changed)) for name, changed in wrong.items()}
+    every = [by_step(mote, batch, losses(mote, batch, torch.full_like(ids, number))) for number in range(num)]
+    names = mote.settings.steps.names
+    return found | {"request": {name: told[name] for name, told in zip(names, every, strict=True)}}
 
 
 def notes_count(mote: MoTE, rows: Sequence[Row], pad_id: int) -> Tensor:
