@@ -166,9 +166,9 @@ def test_ways_to_fail_are_named(given, monkeypatch):
         arms = Arms()
         arms.take("base", [Chain(texts={"answer": "sure"}, tokens=[0]) for _ in questions])
         arms.take("adaptive", [Chain(texts={"answer": "no"}, tokens=[0], forced=("answer",)) for _ in questions])
-        return arms, {"experts": {"warnings": ["something inside"], "rows": 1, "transfer": None,
-                                  "nll": {key: {"answer": 1.0} for key in ("own", "next", "drawn", "request")}, "notes": None,
-                                  "reader": 0.0, "cosine": None}}  # fmt: skip
+        nll = {key: {"answer": 1.0} for key in ("own", "next", "drawn", "request")}
+        found = {"warnings": ["something inside"], "rows": 1, "nll": nll, "reader": 0.0}
+        return arms, {"experts": found | dict.fromkeys(("transfer", "notes", "cosine"))}
 
     monkeypatch.setattr(job, "answered", answered)
     said = " ".join(job.align_eval(given(modes="adaptive"))["warnings"])
