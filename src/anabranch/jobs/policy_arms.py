@@ -5,7 +5,7 @@ A seed draws the world, its base model, the split and the order of the batches, 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -130,11 +130,19 @@ class Trained:
         return generate(self.mote, [[*self.shown, *prompt] for prompt in prompts], mode=mode, budget=BUDGET)
 
 
-def train_arm(bench: Bench, arm: Arm, *, learning_rate: float | None = None, on_step: Any = None) -> Trained:
-    """The arm's model after bench.steps steps; separate adapters have as many each, one after another."""
+Watch = Callable[[MoTE, int], None]
+
+
+def train_arm(
+    bench: Bench, arm: Arm, *, learning_rate: float | None = None, watch: Watch = lambda mote, step: None
+) -> Trained:
+    """The arm's model after bench.steps steps; separate adapters have as many each, one after another.
+
+    watch    is shown the model after every step
+    """
     rate = arm.learning_rate if learning_rate is None else learning_rate
     if arm.kind == "separate":
-        parts = [train_one(bench, arm, rate, step=step, on_step=on_step) for step in range(len(Steps()))]
+        parts = [train_one(bench, arm, rate, watch, step=step) for step in range(len(Steps()))]
         losses = [sum(each) / len(each) for each in zip(*(part.losses for part in parts), strict=True)]
         motes = dict(zip(Steps().names, (part.mote for part in parts), strict=True))
         return Trained(mote=parts[-1].mote, losses=losses, separate=motes)
@@ -142,7 +150,7 @@ def train_arm(bench: Bench, arm: Arm, *, learning_rate: float | None = None, on_
         mote = fresh(bench, arm)
         rows = bench.rows(mote, bench.questions[0][:SHOWN])
         return Trained(mote=mote.eval(), losses=[], shown=tuple(token for row in rows for token in row.input_ids))
-    return train_one(bench, arm, rate, on_step=on_step)
+    return train_one(bench, arm, rate, watch)
 
 
 def fresh(bench: Bench, arm: Arm) -> MoTE:
@@ -156,7 +164,7 @@ def fresh(bench: Bench, arm: Arm) -> MoTE:
     return mote
 
 
-def train_one(bench: Bench, arm: Arm, rate: float, *, step: int | None = None, on_step: Any = None) -> Trained:
+def train_one(bench: Bench, arm: Arm, rate: float, watch: Watch, *, step: int | None = None) -> Trained:
     """`step`: learn from the tokens of this step alone."""
     mote = fresh(bench, arm)
     rows = bench.rows(mote, bench.questions[0], arm.chains)
@@ -177,8 +185,9 @@ def train_one(bench: Bench, arm: Arm, rate: float, *, step: int | None = None, o
     )
     stream = ChainBatches(rows, collator, bench.batch_size, seed=bench.seed)
     objective = BalancedLoss(mote) if arm.kind == "gate" else ChainLoss(mote)
-    losses = train(objective, stream if step is None else OneStep(stream, step), plan, on_step=on_step).losses
-    return Trained(mote=mote.eval(), losses=losses)
+    chosen = stream if step is None else OneStep(stream, step)
+    result = train(objective, chosen, plan, on_step=lambda number, logs: watch(mote, number))
+    return Trained(mote=mote.eval(), losses=result.losses)
 
 
 def evaluate(bench: Bench, trained: Trained, *, only: str = "") -> dict[str, Any]:
