@@ -15,7 +15,7 @@ from anabranch.errors import Stopped, UsageError
 from anabranch.jobs import align_train as job
 from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_settings import TrainSettings
-from anabranch.specialize.mote.mote import load
+from anabranch.specialize.mote.folder import load
 from anabranch.train.signals import StopFlag
 from tests.specialize.mote.tiny import base, tokenizer
 

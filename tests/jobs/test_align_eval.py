@@ -17,8 +17,8 @@ from anabranch.jobs.align_refusals import refuses
 from anabranch.jobs.align_settings import EvalSettings
 from anabranch.jobs.pages import write_page
 from anabranch.specialize.mote.collate import chain_row
+from anabranch.specialize.mote.folder import load
 from anabranch.specialize.mote.generate import Chain
-from anabranch.specialize.mote.mote import load
 from tests.jobs.test_align import CHAINS, chains_file, model_folder, run
 from tests.specialize.mote.tiny import base, tokenizer
 

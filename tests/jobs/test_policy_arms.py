@@ -4,8 +4,10 @@
 import pytest
 import torch
 
+from anabranch.errors import UsageError
 from anabranch.jobs.policy_arms import ARMS, Bench, evaluate, fresh, measure, nlls, train_arm
 from anabranch.specialize.mote.collate import StepSpanCollator
+from anabranch.specialize.mote.folder import save
 from anabranch.specialize.mote.mote import ChainLoss
 from anabranch.specialize.mote.steps import QUESTION
 
@@ -36,6 +38,12 @@ def test_every_separate_adapter_learns_its_own_step_alone(bench):
     told = {name: nlls(bench, mote) for name, mote in trained.separate.items()}
     for step in told:
         assert min(told, key=lambda name: told[name][step]) == step  # nobody is better at it
+
+
+def test_a_mixture_with_gates_is_not_saved_without_them(bench, tmp_path):
+    with pytest.raises(UsageError, match="would be lost"):
+        save(fresh(bench, ARMS["gate of tokens, top 2 of 4"]), tmp_path / "gated")
+    assert not (tmp_path / "gated").exists()
 
 
 def test_clusters_see_nothing_but_the_question(bench):

@@ -21,7 +21,7 @@ Made by `anabranch align train` (MoTE, arXiv 2405.00557): one LoRA of rank {conf
 from transformers import AutoModelForCausalLM
 from anabranch.specialize.mote.collate import question_ids
 from anabranch.specialize.mote.generate import generate
-from anabranch.specialize.mote.mote import load
+from anabranch.specialize.mote.folder import load
 
 mote = load(AutoModelForCausalLM.from_pretrained("path/to/the/base"), "path/to/this/folder")
 chain = generate(mote, [question_ids(mote.tokenizer, "...")], mode="adaptive")[0]

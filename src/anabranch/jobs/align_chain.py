@@ -26,8 +26,8 @@ from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, Writer, build_chains
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter
+from anabranch.specialize.mote.folder import fingerprint, tokenizer_hash
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, BUDGET
-from anabranch.specialize.mote.mote import fingerprint, tokenizer_hash
 from anabranch.specialize.mote.steps import Steps
 from anabranch.train.publish import sync
 from anabranch.train.run_folder import RunFolder

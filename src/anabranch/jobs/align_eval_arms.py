@@ -13,8 +13,8 @@ from anabranch.jobs.align_settings import EvalSettings, GenerateSettings
 from anabranch.jobs.align_train import read_chains, rows_of
 from anabranch.jobs.progress import Progress
 from anabranch.models.language.folder import open_language_model
+from anabranch.specialize.mote.folder import load
 from anabranch.specialize.mote.generate import Chain
-from anabranch.specialize.mote.mote import load
 
 
 class Arms:

@@ -16,7 +16,8 @@ from anabranch.jobs.align_settings import ExportSettings
 from anabranch.jobs.stages import say
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.export import fuse
-from anabranch.specialize.mote.mote import MoTE, load
+from anabranch.specialize.mote.folder import load
+from anabranch.specialize.mote.mote import MoTE
 from anabranch.train.publish import publish_folder, refuse_other_results
 
 CLOSE = 1e-3

@@ -13,8 +13,9 @@ from anabranch.jobs.progress import Progress
 from anabranch.jobs.stages import say
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import question_ids
+from anabranch.specialize.mote.folder import load
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, Chain, generate, plain_answers
-from anabranch.specialize.mote.mote import MoTE, load
+from anabranch.specialize.mote.mote import MoTE
 
 LEAVE = ("", "exit", "quit", ":q")
 

@@ -20,7 +20,8 @@ from anabranch.jobs.stages import plain_values_of, say
 from anabranch.mixture.lora import lora_layers
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import ChainBatches, Row, StepSpanCollator, chain_row, fitting
-from anabranch.specialize.mote.mote import MANIFEST, ChainLoss, Config, MoTE, base_tensors, build, fingerprint, save
+from anabranch.specialize.mote.folder import MANIFEST, base_tensors, fingerprint, save
+from anabranch.specialize.mote.mote import ChainLoss, Config, MoTE, build
 from anabranch.specialize.mote.skip import Skip, check_attention
 from anabranch.specialize.mote.steps import Steps
 from anabranch.train.loop import TrainConfig, train

@@ -13,7 +13,8 @@ from peft import PeftModel
 from anabranch.errors import UsageError
 from anabranch.specialize.mote.collate import IGNORED, ChainBatches, StepSpanCollator, chain_row, fitting
 from anabranch.specialize.mote.export import fuse
-from anabranch.specialize.mote.mote import ChainLoss, Config, build, load, save
+from anabranch.specialize.mote.folder import load, save
+from anabranch.specialize.mote.mote import ChainLoss, Config, build
 from anabranch.specialize.mote.skip import Skip
 from anabranch.specialize.mote.steps import QUESTION, Steps, for_experts, ids_of_spans
 from anabranch.train.loop import TrainConfig, train
