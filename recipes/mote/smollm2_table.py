@@ -32,11 +32,11 @@ def table(out: Path, seed: int = 0) -> None:
                 key = ("before", "direct") if mode == "base" else (arm, mode)
                 arms[key] = [row for row in rows if row["arm"] == mode]
                 told[key] = {"tokens": result["arms"][mode]["tokens"], "inside": result["inside"].get("experts")}
-    prompted = [
-        json.loads(line) for line in (out / "eval" / "prompting.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    arms["prompting alone", "full"] = [row | {"refused": refuses(row["answer"])} for row in prompted]
-    told["prompting alone", "full"] = {"tokens": sum(row["tokens"] for row in prompted) / len(prompted), "inside": None}
+    if (file := out / "eval" / "prompting.jsonl").exists():
+        prompted = read(file)
+        arms["prompting alone", "full"] = [row | {"refused": refuses(row["answer"])} for row in prompted]
+        tokens = sum(row["tokens"] for row in prompted) / len(prompted)
+        told["prompting alone", "full"] = {"tokens": tokens, "inside": None}
     heads = (
         "arm", "mode", "Do-Not-Answer refused, %", "StrongREJECT refused, %", "harmless refused, %",
         "MoTE minus it: harmful", "harmless", "tokens", "loss analysis", "guidance", "answer",
