@@ -61,8 +61,8 @@ def watch(bench: Bench, name: str, out: Path) -> None:
 
 def show(file: Path) -> None:
     """Mean gain on the own step and on the others, by moment, with 95 % t-intervals over seeds."""
-    rows = read(file)
-    heads = ("steps", "model", "exact answers, %", "own step, %", "other steps, %", "worst pair, %")
+    rows = list({(row["arm"], row["seed"], row["step"]): row for row in read(file)}.values())
+    heads = ("steps", "model", "exact answers, %", "own step, %", "other steps, %", "lowest of six pairs, %")
     print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for step in MOMENTS:
         for name in WATCHED:

@@ -27,6 +27,8 @@ def main(what: str, seeds: list[int], steps: int, arms: list[str], rates: list[f
     file = out / f"{what}-{steps}.jsonl"
     done = {key(row) for row in read(file)}
     best = tuned(out, steps) if what == "run" else {}
+    if what == "run" and (missing := [name for name in arms if name not in best and ARMS[name].kind != "prompt"]):
+        print(f"not tuned at {steps} steps, rates as they stand in ARMS: {', '.join(missing)}")
     for seed in seeds:
         bench = Bench(seed=seed, steps=steps)
         for name, arm in planned(what, arms, rates, best):
@@ -37,7 +39,7 @@ def main(what: str, seeds: list[int], steps: int, arms: list[str], rates: list[f
             last = trained.losses[-20:]
             row |= {
                 "loss": sum(last) / max(1, len(last)),
-                **evaluate(bench, trained, only=arm.mode if what == "tune" else ""),
+                **evaluate(bench, trained, own=arm.mode, only=arm.mode if what == "tune" else ""),
             }
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")

@@ -221,3 +221,15 @@ def test_wrong_use_of_the_commands(world, tmp_path, capsys):
     ):
         assert run("align", *arguments) == 2
         assert says in capsys.readouterr().err
+
+
+def test_one_lora_says_what_it_is_and_is_not_exported_as_steps(world, tmp_path, capsys):
+    told = ["--model", world / "model", "--chains", world / "chains.jsonl", "--out", tmp_path / "one"]
+    assert run("align", "train", *told, "--set", "assign=one", *FAST) == 0
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "one LoRA of rank 2 for all of the steps" in card
+    assert "of the shared one" not in card
+    assert run("align", "export", "--model", world / "model", "--experts", tmp_path / "one", "--out",
+               tmp_path / "fused") == 2  # fmt: skip
+    assert "has no experts of steps" in capsys.readouterr().err
+    assert not (tmp_path / "fused").exists()

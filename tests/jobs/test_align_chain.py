@@ -13,7 +13,9 @@ from anabranch.cli import align_chain as command
 from anabranch.errors import CheckFailed, Stopped, UsageError
 from anabranch.jobs import align_chain as job
 from anabranch.jobs.align_chain import align_chain
+from anabranch.jobs.align_chain_check import passes
 from anabranch.jobs.align_chain_report import numbers_of, warnings_for
+from anabranch.jobs.align_judges import Judged
 from anabranch.jobs.align_refusals import refuses
 from anabranch.jobs.align_settings import ChainSettings
 from anabranch.jobs.align_train import read_chains
@@ -228,7 +230,7 @@ def test_another_judge_decides_and_is_compared_with_the_models_own_word(given, t
         ]
 
     monkeypatch.setattr(ChainWriter, "write", scripted)
-    report = align_chain(given(questions=tmp_path / "asked.jsonl", check="markers", retries=1))
+    report = align_chain(given(questions=tmp_path / "asked.jsonl", check="markers", retries=1, threshold=0.5))
     kept = {row["id"]: row for row in rows_of(tmp_path / "chains.jsonl")}
     assert sorted(kept) == [0, 1, 4, 5]  # 2 and 6 are refused though harmless, 3 and 7 answered though harmful
     assert report["all"]["dropped"]["check"] == 4
@@ -239,7 +241,21 @@ def test_another_judge_decides_and_is_compared_with_the_models_own_word(given, t
 
 def test_another_judge_needs_to_know_the_kinds(given):
     with pytest.raises(UsageError, match="have no kind"):
-        align_chain(given(check="markers"))
+        align_chain(given(check="markers", threshold=0.5))
+
+
+def test_a_harmful_answer_to_a_harmless_question_does_not_pass():
+    row = {"kind": "benign", "must_not": ["poison"]}
+    said = Judged(harmless=False, helpful=None, refused=False)
+    assert not passes(row, said, "rules")
+    assert passes(row, said, "markers")  # which call harmless what refuses
+    assert not passes(row, said._replace(harmless=True, refused=True), "rules")
+    assert passes({"kind": "harmful"}, said._replace(harmless=True), "rules")
+
+
+def test_a_threshold_that_would_do_nothing_is_refused(given, tmp_path):
+    with pytest.raises(UsageError, match="knows no threshold"):
+        align_chain(given(check="markers", threshold=0.9))
 
 
 def entry(answer, kind=None):

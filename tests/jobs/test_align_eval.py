@@ -2,6 +2,7 @@
 """The numbers that belong together, on answers that are known and on tiny models."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -159,6 +160,20 @@ def test_what_is_inside_is_the_loss_over_all_tokens_whatever_the_batches(folders
     assert all(torch.equal(value, before[name]) for name, value in mote.trained().items())
 
 
+def test_what_would_be_seen_only_after_all_answers_is_seen_before(given, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "answered", lambda *arguments: pytest.fail("answers were made"))
+    shutil.copytree(folders / "mote", tmp_path / "experts")
+    for changes, says in (
+        ({"chains": tmp_path / "none.jsonl"}, "cannot be read"),
+        ({"against": tmp_path / "none"}, "holds no step experts"),
+        ({"against": folders / "mote"}, "nothing is compared"),
+        ({"experts": None, "against": folders / "mote"}, "nothing is compared"),
+        ({"against": tmp_path / "experts"}, "cannot be told by the name"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            job.align_eval(given(**changes))
+
+
 def test_ways_to_fail_are_named(given, monkeypatch):
     """Chains that do not end, refusals of everything, a model that never thinks."""
 
@@ -179,12 +194,14 @@ def test_ways_to_fail_are_named(given, monkeypatch):
 def test_a_shared_expert_that_does_nothing_and_notes_that_nobody_reads_are_told(folders):
     mote = load(base(), folders / "mote", trainable=True)
     found = {"norms": {"analysis": 1.0, "guidance": 1.0, "answer": 1.0, "shared": 0.001},
-             "notes": {"mean": 0.0, "low": -0.1, "high": 0.1}, "reader": 0.5,
+             "notes": {"mean": 0.0, "low": -0.01, "high": 0.005}, "reader": 0.5,
              "nll": {"own": {"answer": 1.0, "analysis": None}, "next": {"answer": 1.0, "analysis": None}}}  # fmt: skip
     said = " ".join(warnings_of(mote, found))
     for words in ("shared expert is next to nothing", "does not read its own", "who reads the question matters",
                   "answer has no knowledge of its own"):  # fmt: skip
         assert words in said
+    found["notes"] = {"mean": 0.5, "low": -1.0, "high": 2.0}  # too few rows to say
+    assert "does not read its own" not in " ".join(warnings_of(mote, found))
     found["norms"] = {"analysis": 0.001, "guidance": 0.001, "answer": 0.001, "shared": 1.0}
     assert "this is one LoRA" in " ".join(warnings_of(mote, found))
 

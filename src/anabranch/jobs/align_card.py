@@ -4,17 +4,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from anabranch.specialize.mote.mote import MoTE
+from anabranch.specialize.mote.mote import Config, MoTE
 
 
 def mixture_card(mote: MoTE, facts: Mapping[str, Any]) -> str:
     config = mote.settings
-    steps = ", ".join(config.steps.names)
-    shared = ", and one that all of them share" if config.shared else ""
     return f"""# Step experts for {facts.get("model", "a language model")}
 
-Made by `anabranch align train` (MoTE, arXiv 2405.00557): one LoRA of rank {config.r} for each of the steps
-{steps}{shared}.
+{made_of(config)}
 {facts["rows"]} chains, {facts["trained_steps"]} steps of training. `mote.json` has everything else.
 
 ```python
@@ -28,13 +25,36 @@ chain = generate(mote, [question_ids(mote.tokenizer, "...")], mode="adaptive")[0
 print(chain.answer)
 ```
 
-Every folder in here is an ordinary PEFT adapter. Alone it is one expert without the others; what acts on a token is
-{config.alpha:g} of its step's expert and {1 - config.alpha:g} of the shared one. `anabranch align export` writes
-that as one plain LoRA a step.
+{at_work(config)}
 
 The steps before the answer are the model's notes on the question. They may quote what it asks for: do not show them to
 end users, and do not log them where others read.
 """
+
+
+def made_of(config: Config) -> str:
+    steps = ", ".join(config.steps.names)
+    made = "Made by `anabranch align train`"
+    if config.assign == "one":
+        return f"{made} for comparison: one LoRA of rank {config.r} for all of the steps {steps}."
+    shared = ", and one that all of them share" if config.shared else ""
+    if config.assign == "step":
+        paper = "(MoTE, arXiv 2405.00557)"
+        return f"{made} {paper}: one LoRA of rank {config.r} for each of the steps\n{steps}{shared}."
+    by = "chance" if config.assign == "random" else "its id"
+    number = len(config.experts)
+    return f"{made} for comparison: {number} LoRA experts of rank {config.r}{shared},\nchosen for each token by {by}."
+
+
+def at_work(config: Config) -> str:
+    if config.assign == "one":
+        return "The folder `lora` is an ordinary PEFT adapter."
+    told = "Every folder in here is an ordinary PEFT adapter. Alone it is one expert without the others"
+    if config.shared:
+        own, rest = f"{config.alpha:g}", f"{1 - config.alpha:g}"
+        told += f"; what acts on a token is\n{own} of its own expert and {rest} of the shared one"
+    export = " `anabranch align export` writes\nthat as one plain LoRA a step."
+    return f"{told}.{export if config.assign == 'step' else ''}"
 
 
 FUSED = """# One step as a plain LoRA

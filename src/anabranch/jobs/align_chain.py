@@ -46,7 +46,11 @@ def align_chain(settings: ChainSettings) -> dict[str, Any]:
     refuse_taken(settings)
     with hushed(), StopFlag() as stop:
         model, tokenizer = open_language_model(settings.model)
-        judge = None if settings.check == SELF else open_judge(settings.check, batch_size=settings.batch_size)
+        judge = (
+            None
+            if settings.check == SELF
+            else open_judge(settings.check, threshold=settings.threshold, batch_size=settings.batch_size)
+        )
         own = ChainWriter(
             model, tokenizer, prompts, budget=budget_of(settings), temperature=settings.temperature,
             top_p=settings.top_p, seed=settings.seed,
@@ -93,6 +97,11 @@ def check_settings(settings: ChainSettings) -> None:
                 f"{name} cannot be used", expected=expected, received=getattr(settings, name),
                 hint=f"{getattr(ChainSettings, name)}, the default",
             )  # fmt: skip
+    if settings.check in ("markers", "rules") and settings.threshold != ChainSettings.threshold:
+        raise UsageError(
+            f"--check {settings.check} knows no threshold: it says yes or no", expected="no --threshold",
+            received=settings.threshold, hint=f"--check {SELF} or model:FOLDER",
+        )  # fmt: skip
     if settings.temperature == 0 and settings.retries:
         raise UsageError(
             "at temperature 0 a further try is the same answer again",

@@ -22,9 +22,12 @@ from anabranch.jobs.align_eval_told import MEASURES, RESULT, own_arms, shown, te
 from anabranch.jobs.align_judges import Judge, Judged, open_judge
 from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_settings import EvalSettings
+from anabranch.jobs.align_train import read_chains
 from anabranch.jobs.stages import plain_values_of
 from anabranch.measure.concept_ratio import paired_difference, ratio
 from anabranch.measure.judge import Calibration, agreement, calibrate, correct
+from anabranch.specialize.mote.folder import read_manifest
+from anabranch.specialize.mote.steps import Steps
 from anabranch.train.publish import publish_folder, refuse_other_results
 
 
@@ -41,6 +44,7 @@ def align_eval(settings: EvalSettings) -> dict[str, Any]:
             f"{len(missing)} questions have no kind", expected="harmful, benign, look-alike or jailbreak",
             received=f"the first is {missing[0]}",
         )  # fmt: skip
+    check_mixtures(settings)
     judge = open_judge(settings.judge, batch_size=settings.batch_size)
     second = open_judge(settings.second_judge) if settings.second_judge else None
     calibration = None if settings.anchors is None else anchored(judge, settings.anchors)
@@ -71,6 +75,31 @@ def align_eval(settings: EvalSettings) -> dict[str, Any]:
     tell(result, settings.out / RESULT)
     refuse_nothing_gained(settings, result)
     return result
+
+
+def check_mixtures(settings: EvalSettings) -> None:
+    """What would fail after all answers were given, or could not be told apart.
+
+    Raises:
+        UsageError: no such mixture or chains, or a second mixture that is the first, or has nothing to stand beside.
+    """
+    for path in (settings.experts, settings.against):
+        if path is not None:
+            read_manifest(path)
+    if settings.chains is not None:
+        read_chains(settings.chains, Steps())
+    if settings.against is None:
+        return
+    if settings.experts is None or settings.against.resolve() == settings.experts.resolve():
+        raise UsageError(
+            "nothing is compared", expected="--experts and --against, two folders of align train",
+            received=f"--experts {settings.experts}, --against {settings.against}",
+        )  # fmt: skip
+    if settings.against.name in ("", "base", "experts"):
+        raise UsageError(
+            f"a mixture cannot be told by the name {settings.against.name!r}", expected="another name of its folder",
+            received=settings.against,
+        )  # fmt: skip
 
 
 def numbers(

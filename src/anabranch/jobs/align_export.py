@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from anabranch.errors import CheckFailed
+from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.align_card import FUSED
 from anabranch.jobs.align_settings import ExportSettings
 from anabranch.jobs.stages import say
@@ -29,6 +29,11 @@ def align_export(settings: ExportSettings) -> dict[str, float]:
     refuse_other_results(settings.out, "README.md")
     base, _ = open_language_model(settings.model)
     mote = load(base, settings.experts, strict=settings.strict)
+    if mote.settings.assign != "step":
+        raise UsageError(
+            f"{settings.experts} has no experts of steps", expected="a mixture with assign=step",
+            received=f"assign={mote.settings.assign}", hint="one LoRA is a stock adapter already: its folder `lora`",
+        )  # fmt: skip
     errors: dict[str, float] = {}
 
     def write(folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from anabranch.jobs.align_train import norms
 from anabranch.measure.intervals import interval
 from anabranch.specialize.mote.collate import Row, StepSpanCollator
-from anabranch.specialize.mote.diagnose import notes_count, questions_of, reader_matters, right_and_wrong
+from anabranch.specialize.mote.diagnose import notes_count, questions_of, reader_matters, right_and_wrong, within
 from anabranch.specialize.mote.generate import pad_of
 from anabranch.specialize.mote.interference import step_conflict, step_transfer
 from anabranch.specialize.mote.mote import MoTE
@@ -42,17 +42,17 @@ def inside(mote: MoTE, rows: Sequence[Row], batch_size: int) -> dict[str, Any]:
             }
             for whose in counted[0]
         },
-        "notes": told(notes_count(mote, rows, pad)),
+        "notes": told(notes_count(mote, rows, pad, batch_size)),
         "reader": float(reader_matters(mote, questions_of(rows)[:MOST_QUESTIONS]).median()),
         "norms": norms(mote),
-        **between_steps(mote, rows, collate, names),
+        **between_steps(mote, rows, collate, names, batch_size),
     }  # fmt: skip
     return found | {"warnings": warnings_of(mote, found)}
 
 
 def weighted(means: Sequence[float], batches: Sequence[Mapping[str, Tensor]], step: int) -> float | None:
     """The mean over all tokens of the step, from the means of the batches."""
-    counts = [int(((batch["step_ids"] == step) & (batch["labels"] >= 0))[:, 1:].sum()) for batch in batches]
+    counts = [int((within(batch, step) & (batch["labels"][:, 1:] >= 0)).sum()) for batch in batches]
     total = sum(counts)
     return sum(m * c for m, c in zip(means, counts, strict=True) if c) / total if total else None
 
@@ -64,10 +64,12 @@ def told(values: Tensor) -> dict[str, Any] | None:
     return {"mean": found.mean, "low": found.low, "high": found.high, "count": len(values)}
 
 
-def between_steps(mote: MoTE, rows: Sequence[Row], collate: StepSpanCollator, names: Sequence[str]) -> dict[str, Any]:
+def between_steps(
+    mote: MoTE, rows: Sequence[Row], collate: StepSpanCollator, names: Sequence[str], batch_size: int
+) -> dict[str, Any]:
     """Transfer (per cent of a step's loss) and cosines, each over disjoint pairs of parts of the rows."""
     whole = [row for row in rows if len(row.step_spans) == len(names)]
-    size = len(whole) // (2 * PARTS)
+    size = min(len(whole) // (2 * PARTS), batch_size)
     if size < 1:
         return {"transfer": None, "cosine": None}
     parts = [collate(whole[start : start + size]) for start in range(0, 2 * PARTS * size, size)]
@@ -96,7 +98,7 @@ def warnings_of(mote: MoTE, found: Mapping[str, Any]) -> list[str]:
         if max(own) < DWARFED * sizes["shared"]:
             warnings.append("the steps' experts are next to nothing beside the shared one: this is one LoRA")
     notes = found["notes"]
-    if notes is not None and notes["low"] <= 0 <= notes["high"]:
+    if notes is not None and notes["high"] < ALIKE * (found["nll"]["own"][mote.settings.steps.answer] or 0.0):
         warnings.append("the answer is foreseen as well after the notes of another question: it does not read its own")
     if mote.settings.assign == "step" and found["reader"] > READER:
         warnings.append(

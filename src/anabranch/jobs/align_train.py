@@ -174,8 +174,8 @@ def run_training(
     result = train(objective, stream, plan, folder, resume=(folder / "checkpoints").exists(), report=say)
     mote.eval()
     after = norms(mote)
-    present = {span.step for row in rows for span in row.step_spans}
-    if still := [name for name in after if after[name] == before[name] and (name in present or name == "shared")]:
+    present, steps = {span.step for row in rows for span in row.step_spans}, mote.settings.steps.names
+    if still := [name for name in after if after[name] == before[name] and (name in present or name not in steps)]:
         raise CheckFailed(
             f"training left the expert {still[0]!r} as it was",
             expected="experts that moved",

@@ -40,7 +40,7 @@ NLL_BATCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """What is trained; `learning_rate` was tuned for it on seeds that no table uses."""
+    """What is trained; a table's rate is tuned for it on seeds that no table uses, this one is where that begins."""
 
     learning_rate: float
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -190,13 +190,13 @@ def train_one(bench: Bench, arm: Arm, rate: float, watch: Watch, *, step: int | 
     return Trained(mote=mote.eval(), losses=result.losses)
 
 
-def evaluate(bench: Bench, trained: Trained, *, only: str = "") -> dict[str, Any]:
-    """Every mode of generation, the loss of each step, and harmful questions in disguises that were never seen."""
+def evaluate(bench: Bench, trained: Trained, *, own: str = "full", only: str = "") -> dict[str, Any]:
+    """Every mode of generation, the loss of each step, and, in the mode `own`, harmful questions in new disguises."""
     if only:
         return {only: measure(bench, trained, only)}
     found: dict[str, Any] = {"full": measure(bench, trained), "nll": step_losses(bench, trained)}
     found |= {mode: measure(bench, trained, mode) for mode in MODES if mode != "adaptive" or not trained.separate}
-    found["jailbreak"] = measure(bench, trained, questions=jailbreaks(bench.questions[1], bench.world))
+    found["jailbreak"] = measure(bench, trained, own, jailbreaks(bench.questions[1], bench.world))
     if type(trained.mote) is MoTE and trained.mote.settings.assign == "step" and not trained.shown:
         steps = trained.mote.settings.steps.names
         alone = Trained(mote=trained.mote, losses=[], separate=dict.fromkeys(steps, trained.mote))

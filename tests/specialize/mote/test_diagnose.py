@@ -46,7 +46,8 @@ def test_losses_are_those_of_each_row_alone():
             for place in range(span.start, span.stop):
                 value = -float(logs[place - 1, row.input_ids[place]])
                 assert float(told[number, place - 1]) == pytest.approx(value, abs=1e-4)
-                sums[span.step].append(value)
+                if place > span.start:  # a start token is foreseen by whoever comes before it
+                    sums[span.step].append(value)
     means = by_step(mote, batch, told)
     for name, values in sums.items():
         assert means[name] == pytest.approx(sum(values) / len(values), abs=1e-4)
@@ -86,12 +87,17 @@ def test_notes_are_exchanged_and_the_answer_stays():
 def test_notes_count_where_the_answer_reads_them_and_not_where_it_cannot():
     mote = tiny()
     rows, pad = rows_of(mote), mote.tokenizer.pad_token_id
-    assert len(notes_count(mote, rows, pad)) == 2  # the row without notes has none to exchange
-    assert float(notes_count(mote, rows, pad).abs().max()) > 1e-4
+    assert len(notes_count(mote, rows, pad)) == 0  # no two rows of one shape: nothing is exchanged
+    rows = [chain_row(mote.tokenizer, mote.tokens, f"w{i}", {"analysis": f"w{i} w{i + 1}", "answer": "w20 w21"})
+            for i in range(5)]  # fmt: skip
+    whole = notes_count(mote, rows, pad)
+    assert len(whole) == 5
+    assert float(whole.abs().max()) > 1e-4
+    torch.testing.assert_close(notes_count(mote, rows, pad, batch_size=2), whole)
     blind = copy.deepcopy(mote)  # values of nothing: attention hands nothing on
     with torch.no_grad():
         for name, parameter in blind.named_parameters():
             if "v_proj" in name:
                 parameter.zero_()
     assert float(notes_count(blind, rows, pad).abs().max()) < 1e-5
-    assert len(notes_count(mote, rows[1:2], pad)) == 0
+    assert len(notes_count(mote, rows[:1], pad)) == 0

@@ -36,12 +36,18 @@ def losses(mote: MoTE, batch: Batch, step_ids: Tensor | None = None) -> Tensor:
 
 
 def by_step(mote: MoTE, batch: Batch, told: Tensor) -> dict[str, float]:
-    """Mean of each step's tokens; NaN for a step that is not there."""
-    steps = batch["step_ids"][:, 1:]
+    """Mean of each step's tokens, its start token left out: that is foreseen by whoever comes before, or given. NaN
+    for a step that is not there."""
     return {
-        name: float(told[(steps == number) & ~told.isnan()].mean())
+        name: float(told[within(batch, number) & ~told.isnan()].mean())
         for number, name in enumerate(mote.settings.steps.names)
     }
+
+
+def within(batch: Batch, step: int) -> Tensor:
+    """(B, T - 1): the predictions that a step makes of itself."""
+    steps = batch["step_ids"]
+    return (steps[:, 1:] == step) & (steps[:, :-1] == step)
 
 
 def right_and_wrong(mote: MoTE, batch: Batch, *, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -57,19 +63,29 @@ def right_and_wrong(mote: MoTE, batch: Batch, *, seed: int = 0) -> dict[str, dic
     return found | {"request": {name: told[name] for name, told in zip(names, every, strict=True)}}
 
 
-def notes_count(mote: MoTE, rows: Sequence[Row], pad_id: int) -> Tensor:
-    """(rows with notes,): how much worse the answer is foreseen after the notes of the next such row."""
-    noted = [row for row in rows if len(row.step_spans) > 1]
-    if len(noted) < 2:
-        return torch.zeros(0)
-    others = [exchanged(row, noted[(i + 1) % len(noted)]) for i, row in enumerate(noted)]
+def notes_count(mote: MoTE, rows: Sequence[Row], pad_id: int, batch_size: int = 32) -> Tensor:
+    """(rows with notes,): how much worse the answer is foreseen after the notes of the next row with the same steps."""
+    by_shape: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if len(row.step_spans) > 1:
+            by_shape.setdefault(tuple(span.step for span in row.step_spans), []).append(row)
+    pairs = [
+        (row, exchanged(row, alike[(i + 1) % len(alike)]))
+        for alike in by_shape.values()
+        if len(alike) > 1
+        for i, row in enumerate(alike)
+    ]
+    parts = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    return torch.cat([gap(mote, part, pad_id) for part in parts]) if parts else torch.zeros(0)
+
+
+def gap(mote: MoTE, pairs: Sequence[tuple[Row, Row]], pad_id: int) -> Tensor:
+    """(pairs,): mean loss of the answer in the second row of each pair, minus that in the first."""
     collate = StepSpanCollator(mote.tokens, pad_id, question=None)
     answer = len(mote.settings.steps) - 1
     means = []
-    for told in (collate(noted), collate(others)):
-        steps = told["step_ids"]
-        inside = (steps[:, 1:] == answer) & (steps[:, :-1] == answer)  # its start follows from the end of the last note
-        means.append(losses(mote, told).masked_fill(~inside, torch.nan).nanmean(-1))
+    for told in (collate(list(rows)) for rows in zip(*pairs, strict=True)):
+        means.append(losses(mote, told).masked_fill(~within(told, answer), torch.nan).nanmean(-1))
     return means[1] - means[0]
 
 

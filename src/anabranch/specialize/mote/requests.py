@@ -4,7 +4,7 @@
 Equation  : step s is generated with the experts of s on every token before it, the question and earlier steps included
 Differs   : from `generate`, where keys and values of earlier steps stay those of their own experts. Exact for a mixture
             of one step and for separate adapters; otherwise an approximation, whose gap is to be measured.
-Check     : one step alone is `generate` in direct mode; adapters that are all alike are `generate` in full mode
+Check     : the loop over whole forwards; one adapter for all steps is `generate` in full mode
             (tests/specialize/mote/test_requests.py).
 """
 
