@@ -150,12 +150,12 @@ def ask_arm(out: Path, arm: str, seed: int) -> None:
 
 
 def ask_by_prompts(out: Path) -> None:
-    """No training: the base writes notes and answer with the prompts that chains are built with."""
+    """No training: the base writes notes and answer; the house's prompts, which do not say whether to decline."""
     file = out / "eval" / "prompting.jsonl"
     if file.exists():
         return
     model, tokenizer = open_language_model(out / "model")
-    writer = ChainWriter(model, tokenizer, Prompts(**PROMPTS), budget=BUDGET, temperature=0.0)
+    writer = ChainWriter(model, tokenizer, Prompts(), budget=BUDGET, temperature=0.0)
     asked = read_questions(out / "test.jsonl")
     found = []
     for start in range(0, len(asked), 16):

@@ -41,7 +41,9 @@ def main(folder: Path, steps: int, curve: Path | None) -> None:
     for arm, found in rows.items():
         mode = ARMS[arm].mode
         told = [mean([100 * found[s][mode][name] for s in found]) for name in SHARES]
-        nll = [f"{average([found[s]['nll'][step] for s in found]):.3f}" for step in ("analysis", "guidance", "answer")]
+        nll = ["–"] * 3 if told_nothing(arm) else [
+            f"{average([found[s]['nll'][step] for s in found]):.3f}" for step in ("analysis", "guidance", "answer")
+        ]  # fmt: skip
         less = "" if arm == METHOD else difference(rows, (METHOD, "full"), (arm, mode), "exact")
         print(line([arm, mode, f"{next(iter(found.values()))['rate']:g}", *told, *nll, less]))
     print(
@@ -67,6 +69,11 @@ def main(folder: Path, steps: int, curve: Path | None) -> None:
         probe = [mean([100 * found[s]["jailbreak"][name] for s in found]) for name in ("harmless", "exact")]
         print(line([arm, *modes, *probe]))
     contracts(rows)
+
+
+def told_nothing(arm: str) -> bool:
+    """The losses of a chain's steps say nothing of an arm that was not trained on chains."""
+    return ARMS[arm].chains == "answers" or ARMS[arm].kind == "prompt"
 
 
 def contracts(rows: Rows) -> None:

@@ -8,8 +8,9 @@ Equation  : y_t = W0 x_t + alpha s B_e A_e x_t + (1 - alpha) s B_u A_u x_t,   e 
 Shapes    : B rows of T tokens; step ids (B, T). 4 r (I + O) parameters a linear layer, 2 r (I + O) of them at work.
 Differs   : what the paper leaves open is a setting: LoRA alpha 2 r, dropout .05, the question's expert drawn once a
             row in training and the first step's afterwards, steps skipped by rows (skip.py).
-Check     : what is true whatever was learnt (tests/specialize/mote, tests/mixture/test_lora.py). That it is better than
-            one LoRA is not shown yet: the first runs on a generated world are in docs/lab.md.
+Check     : what is true whatever was learnt (tests/specialize/mote, tests/mixture/test_lora.py). On a generated world,
+            five seeds: step ids beat drawn ones by +42 points [+31, +53] at 700 steps; against one LoRA of equal total
+            parameters no difference is shown, at 700 steps nor at 2,000 (recipes/mote).
 """
 
 import warnings
