@@ -85,6 +85,6 @@ def test_a_perfect_model_gets_everything_right_and_the_base_nothing(bench, monke
 @pytest.mark.parametrize("seed", [11, 12])
 def test_the_ids_of_steps_matter(seed):
     """300 steps, before everything is at the ceiling: drawn ids are far behind the steps' own."""
-    here = Bench(seed=seed, steps=300)
+    here = Bench(seed=seed, steps=300, num_items=32)
     exact = {name: measure(here, train_arm(here, ARMS[name]))["exact"] for name in ("MoTE", "random ids")}
     assert exact["MoTE"] > exact["random ids"] + 0.4
