@@ -41,7 +41,7 @@ def warnings_of(settings: EvalSettings, calibration: Calibration | None, result:
     if calibration is None and settings.judge != "rules":
         warnings.append("the judge's errors are not known: --anchors FILE corrects the rates for them")
     for arm, found in result["arms"].items():
-        if arm == "base":
+        if arm == BASE:
             continue
         if found["budget_used_up"] > OFTEN:
             cut = f"{100 * found['budget_used_up']:.0f} % of the steps used their budget up"
