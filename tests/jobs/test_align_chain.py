@@ -209,6 +209,16 @@ def test_a_model_that_never_passes_is_a_failed_check_with_a_report(given, tmp_pa
     assert "warning: the model never passes" in capsys.readouterr().out
 
 
+def test_a_share_of_the_questions_gets_every_step(given, tmp_path):
+    align_chain(given(threshold=0.001, all_steps=0.5))
+    shapes = {row["id"]: len(row["chain"]) for row in rows_of(tmp_path / "chains.jsonl")}
+    assert set(shapes.values()) == {1, 3}
+    align_chain(given(threshold=0.001, all_steps=0.5, batch_size=7, out=tmp_path / "again" / "chains.jsonl"))
+    assert {row["id"]: len(row["chain"]) for row in rows_of(tmp_path / "again" / "chains.jsonl")} == shapes
+    align_chain(given(threshold=0.001, all_steps=1.0, out=tmp_path / "all" / "chains.jsonl"))
+    assert {len(row["chain"]) for row in rows_of(tmp_path / "all" / "chains.jsonl")} == {3}
+
+
 def test_a_model_that_always_answers_directly_is_told(given, monkeypatch):
     monkeypatch.setattr(ChainWriter, "check", lambda self, drafts: [Verdict(1.0, 0.9)] * len(drafts))
     assert any("always answers directly" in warning for warning in align_chain(given())["warnings"])
@@ -302,6 +312,7 @@ REFUSED = [
     ({"temperature": 0.0}, "the same answer again"),
     ({"top_p": 0.0}, "top_p cannot be used"),
     ({"threshold": 1.0}, "threshold cannot be used"),
+    ({"all_steps": 1.5}, "all_steps cannot be used"),
     ({"budget": {"anwser": 3}}, "did you mean answer"),
     ({"budget": {"answer": 0}}, "needs room for a token"),
     ({"budget": {"answer": 70}}, "no question fits into the model's context"),

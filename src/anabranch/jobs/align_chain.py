@@ -11,8 +11,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from random import Random
 from typing import Any
 
+from anabranch.data.streams import derived_seed
 from anabranch.errors import AnabranchError, CheckFailed, UsageError, did_you_mean
 from anabranch.jobs.align_chain_check import SELF, CheckedBy
 from anabranch.jobs.align_chain_report import REPORT, report_of, shape_of, tell
@@ -90,6 +92,7 @@ def check_settings(settings: ChainSettings) -> None:
         ("retries", settings.retries >= 0, "0 or more"),
         ("temperature", 0 <= settings.temperature < float("inf"), "a number from 0"),
         ("top_p", 0 < settings.top_p <= 1, "a share above 0, up to 1"),
+        ("all_steps", 0 <= settings.all_steps <= 1, "a share from 0 to 1"),
         ("threshold", 0 < settings.threshold < 1, "a probability between 0 and 1"),
     ):
         if not fine:
@@ -238,8 +241,12 @@ def build(
         for start in range(len(rows), len(questions), settings.batch_size):
             part = questions[start : start + settings.batch_size]
             drafts = [
-                Draft(row["id"], row["question"], dropped="too_long" if row["id"] in too_long else "") for row in part
-            ]
+                Draft(
+                    row["id"], row["question"], dropped="too_long" if row["id"] in too_long else "",
+                    all_steps=takes_all_steps(settings, row["id"]),
+                )
+                for row in part
+            ]  # fmt: skip
             build_chains(drafts, writer, retries=settings.retries, threshold=settings.threshold)
             done = [entry_of(row, draft) for row, draft in zip(part, drafts, strict=True)]
             append(journal, done)
@@ -247,6 +254,11 @@ def build(
             for entry in done:
                 progress.advance(shape_of(entry) or f"dropped: {entry['dropped']}")
     return rows
+
+
+def takes_all_steps(settings: ChainSettings, name: str | int) -> bool:
+    """Drawn by the question's name, whatever else is asked."""
+    return Random(derived_seed("all steps", settings.seed, json.dumps(name))).random() < settings.all_steps
 
 
 def entry_of(row: dict[str, Any], draft: Draft) -> dict[str, Any]:

@@ -35,6 +35,9 @@ class ChainFlags:
 @dataclass(frozen=True, kw_only=True)
 class ChainSettings(ChainFlags):
     top_p: float = 0.95
+    all_steps: float = 0.0
+    """Share of the questions that get every step, needed or not: without them a model that is later made to take all
+    steps has only ever seen a guidance before a refusal."""
     budget: dict[str, int] = field(default_factory=dict)
     """Tokens a step may have, such as {analysis: 64}; 128 for a note and 256 for an answer when left out."""
 

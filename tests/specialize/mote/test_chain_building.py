@@ -83,6 +83,19 @@ def test_guidance_is_written_from_the_analysis_and_never_without():
     assert not any(step == "guidance" for step, _ in silent.calls)
 
 
+def test_a_draft_that_takes_all_steps_is_asked_for_no_answer_before_its_last_note():
+    writer = Scripted({"whole": [0.2, 0.9], "easy": [0.9]})
+    drafts = [Draft("whole", "question", all_steps=True), Draft("easy", "question")]
+    build_chains(drafts, writer)
+    assert writer.calls == [
+        ("answer", ["easy"]), ("check", ["easy"]), ("analysis", ["whole"]), ("guidance", ["whole"]),
+        ("answer", ["whole"]), ("check", ["whole"]), ("answer", ["whole"]), ("check", ["whole"]),
+    ]  # fmt: skip
+    assert [draft.passed for draft in drafts] == [True, True]
+    assert [stage for stage, _ in drafts[0].verdicts] == ["guidance", "retry 1"]
+    assert set(drafts[0].texts) == {"analysis", "guidance", "answer"}
+
+
 def test_an_empty_answer_fails_unasked_and_what_was_dropped_before_is_left_alone():
     writer = Scripted({"a": [1.0]}, {("a", "answer"): [""]})
     draft = Draft("b", "too long", dropped="too_long")

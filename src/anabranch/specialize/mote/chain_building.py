@@ -6,7 +6,8 @@ Equation  : y ~ p(y given x), else a ~ p(a given x), y ~ p(y given a, x), else g
             y ~ p(y given g, a, x); the chain ends with the first y of c(x, y) = P(yes) / (P(yes) + P(no)) >= threshold
 Shapes    : N questions, worked on together: only those without a passing answer go on to the next step.
 Differs   : what the paper leaves open: the last answer is tried again, then the question is dropped; so is one whose
-            analysis or guidance stays empty. An empty answer fails without a check.
+            analysis or guidance stays empty. An empty answer fails without a check. A draft may be told to take every
+            step, needed or not: else notes are only ever seen before answers to harmful questions, and become a sign.
 Check     : every path and the order of the calls, on a scripted writer (tests/specialize/mote/test_chain_building.py).
 """
 
@@ -52,6 +53,8 @@ class Draft:
     passed: bool = False
     dropped: str = ""
     """Why: check, empty or too_long."""
+    all_steps: bool = False
+    """No answer is tried before every note is there."""
 
 
 class Writer(Protocol):
@@ -65,14 +68,22 @@ class Writer(Protocol):
 def build_chains(drafts: Sequence[Draft], writer: Writer, *, retries: int = 2, threshold: float = 0.5) -> None:
     """Fills the drafts up; afterwards each of them has passed or is dropped."""
     pending = [draft for draft in drafts if not draft.dropped]
-    pending = answer(pending, writer, DIRECT, threshold)
-    for step in NOTES:
+    pending = answer_early(pending, writer, DIRECT, threshold)
+    for step in NOTES[:-1]:
         pending = take_note(pending, writer, step, retries)
-        pending = answer(pending, writer, step, threshold)
+        pending = answer_early(pending, writer, step, threshold)
+    pending = take_note(pending, writer, NOTES[-1], retries)
+    pending = answer(pending, writer, NOTES[-1], threshold)
     for retry in range(1, retries + 1):
         pending = answer(pending, writer, f"retry {retry}", threshold)
     for draft in pending:
         draft.dropped = "check" if draft.texts[ANSWER] else "empty"
+
+
+def answer_early(drafts: Sequence[Draft], writer: Writer, stage: str, threshold: float) -> list[Draft]:
+    """`answer` for those that may end here; returns all that go on."""
+    answer([draft for draft in drafts if not draft.all_steps], writer, stage, threshold)
+    return [draft for draft in drafts if not draft.passed]
 
 
 def answer(drafts: Sequence[Draft], writer: Writer, stage: str, threshold: float) -> list[Draft]:

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which expert of a trained mixture knows what: sums over a stream of tokens, and what follows from them alone.
+
+statistics       mergeable sums by label, fold, layer and expert
+trace            the decisions of the routers in the order of the tokens
+ranking/         one file a ranking: experts by how much they belong to a label
+"""
