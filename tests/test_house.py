@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "report": SMALL,
     "measure": SMALL | {"mixture", "models", "data", "train"},
     **{verb: SMALL | {"mixture", "models", "data", "train", "measure"} for verb in VERBS - {"measure"}},
-    "testing": SMALL | {"mixture"},
+    "testing": SMALL | {"mixture", "models"},
 }
 FOREIGN = {"mixture": {"torch"}}
 
@@ -78,7 +78,7 @@ def test_no_pickle_comes_in_or_goes_out():
 
 def test_files_of_the_package_stay_small():
     size = sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    assert size <= 8_000_000  # 2.8 of it is a small diffusion model to try erasing on
+    assert size <= 18_000_000  # 2.8 of it a small diffusion model, 6.8 a small mixture of experts, 1.0 its six texts
 
 
 def test_importing_the_package_starts_nothing():

@@ -13,6 +13,7 @@ COMMANDS = {
     "customize": "hand back, for one task, the ordinary checkpoint that serves it",
     "erase": "take out of a diffusion model what it draws unasked: scan, train, sample, eval, bake",
     "align": "a language model that reasons in steps, one expert a step: chain, train, chat, generate",
+    "experts": "the experts of a trained mixture of a language model: profile, rank, steer, tune, prune, merge",
     "data": "make data with a concept in it that no caption names",
     "demo": "see it all on images that ship with the package",
     "report": "build the page of a run again, finished or not",

@@ -8,6 +8,7 @@ numbers, outlines, bold type and words say the same. None and NaN print as an en
 from anabranch.report.bars import RateRow, rate_bars
 from anabranch.report.boxes import boxed_sheet, heat_strip, strips
 from anabranch.report.chains import Asked, Told, chain_figure
+from anabranch.report.flow import flow
 from anabranch.report.lines import Effect, curves, forest
 from anabranch.report.maps import Matrix, loads, matrix, two_matrices
 from anabranch.report.sheets import ClusterSheet, cluster_sheets, contact_sheet
@@ -24,6 +25,7 @@ __all__ = [
     "cluster_sheets",
     "contact_sheet",
     "curves",
+    "flow",
     "forest",
     "heat_strip",
     "loads",

@@ -100,6 +100,11 @@ class ExpertStats:
             raise UsageError(
                 f"statistics of another {differs} can't be merged", expected=mine[differs], received=theirs[differs]
             )
+        if self.sums and other.sums and set(self.sums) != set(other.sums):
+            raise UsageError(
+                "statistics that collected other sums can't be merged: a mean would cover a part of the tokens",
+                expected=sorted(self.sums), received=sorted(other.sums),
+            )  # fmt: skip
         for name, value in other.sums.items():
             self.add(name, value)
         self.tokens, self.documents = self.tokens + other.tokens, self.documents + other.documents
@@ -176,6 +181,9 @@ class Collector:
         attention_mask  (B, S), 0 for padding
         """
         stats = self.stats
+        for what, values, limit in (("label", labels, len(stats.labels)), ("fold", folds, stats.num_folds)):
+            if values.numel() and int(values.max()) >= limit:
+                raise UsageError(f"there is no such {what}", expected=f"below {limit}", received=int(values.max()))
         labels_BS = labels.expand(attention_mask.shape).masked_fill(~attention_mask.bool(), -1)
         real_T = (labels_BS >= 0).reshape(-1)
         lengths_B = attention_mask.sum(1).double()

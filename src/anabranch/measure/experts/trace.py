@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anabranch.errors import UsageError
 from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.models.mixtures.routing import Seen, watched
 
@@ -57,6 +58,8 @@ class Recorder:
         self.lengths += [n for n in attention_mask.bool().sum(1).tolist() if n]
 
     def trace(self) -> RoutingTrace:
+        if not self.parts:
+            raise UsageError("the trace is empty", expected="forward passes inside `recording`", received="none")
         documents = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         names = tuple(layer.name for layer in self.layers)
         return RoutingTrace(torch.cat(self.parts), documents, self.layers[0].num_experts, names)

@@ -7,6 +7,7 @@ Shapes    : N experts, D width, M width of an expert: gate and up (M, D), down (
 Everything handed out is a view: writing into it writes into the model, bit by bit.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,9 @@ class ExpertBank:
 
     def __len__(self) -> int:
         return self.layer.num_experts
+
+    def __iter__(self) -> Iterator[Expert]:
+        return (self[expert] for expert in range(len(self)))
 
     def __getitem__(self, expert: int) -> Expert:
         check_expert(self.layer, expert)

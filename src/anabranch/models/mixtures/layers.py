@@ -22,7 +22,8 @@ SHARED = ("shared_expert", "shared_experts")
 CORRECTION = "e_score_correction_bias"
 TOKENS = 5
 OFF = -1e30
-"""A logit that no other is below; finite, as minus infinity times zero is no number."""
+FIRST = -4.0
+"""Times `off_value`: a group with one expert of the first is before all groups without, whatever else is off in it."""
 
 
 class Triple(NamedTuple):
@@ -67,41 +68,76 @@ class MixtureLayer:
     @property
     def num_groups(self) -> int:
         """Groups that the selection is limited by; 1 where it is not."""
-        return int(getattr(self.router, "num_group", 1) or 1)
+        unlimited = getattr(self.router, "topk_method", "") == "greedy"  # DeepSeek-V2 says so beside the groups
+        return 1 if unlimited else int(getattr(self.router, "num_group", 1) or 1)
 
     @property
     def expert_hidden_size(self) -> int:
         transposed = getattr(self.experts, "is_transposed", False)
         return int(self.experts.down_proj.shape[1 if transposed else 2])
 
-    @cached_property
-    def scorer(self) -> nn.Module:
-        """The router itself with the identity for its matrix: it takes logits, and scores as the family does."""
-        scorer = copy.copy(self.router)
-        parameters: dict[str, nn.Parameter | None] = {}
+    def bare_router(self) -> nn.Module:
+        """The router as it is now without anybody's hooks, in evaluation mode; it shares the parameters."""
+        bare = copy.copy(self.router)
+        hooks = {name: type(value)() for name, value in vars(bare).items() if name.endswith("_hooks")}
+        bare.__dict__.update(hooks | {"training": False, "_buffers": dict(self.router._buffers)})
+        bare.__dict__.pop("forward", None)  # of the instance: it would be bound to the router itself
+        return bare
+
+    def scorer(self, dtype: torch.dtype) -> nn.Module:
+        """The bare router with the identity for its matrix: it takes logits, and scores as the family does."""
+        scorer, parameters = self.bare_router(), dict[str, nn.Parameter | None]()
         for name, value in self.router._parameters.items():
-            if value is None:
-                parameters[name] = None
-                continue
-            made = torch.eye(self.num_experts).to(value) if name == "weight" else torch.zeros_like(value)
-            parameters[name] = nn.Parameter(made, requires_grad=False)
-        hooks = {name: type(value)() for name, value in vars(scorer).items() if name.endswith("_hooks")}
-        state = {"_parameters": parameters, "_buffers": dict(self.router._buffers), "hidden_dim": self.num_experts}
-        scorer.__dict__.update(hooks | state)
+            key = (name, dtype, None if value is None else (value.shape, value.device))
+            if value is not None and key not in self.made:
+                made = torch.eye(len(value)) if name == "weight" else torch.zeros(value.shape)
+                self.made[key] = nn.Parameter(made.to(value.device, dtype), requires_grad=False)
+            parameters[name] = None if value is None else self.made[key]
+        scorer.__dict__.update({"_parameters": parameters, "hidden_dim": len(self.router.weight)})  # type: ignore[arg-type]
         return scorer
 
-    def rescore(self, router_logits: Tensor, off: Tensor | None = None) -> Triple:
+    @cached_property
+    def made(self) -> dict[Any, Any]:
+        """What scoring would make anew for every token otherwise, by everything that it depends on."""
+        return {}
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What the router's weights come in: not always that of its logits."""
+        dtype = self.router.weight.dtype
+        if dtype not in self.made:
+            with torch.no_grad():
+                self.made[dtype] = self.bare_router()(self.router.weight.new_zeros(1, self.hidden_size))[1].dtype  # type: ignore[operator]
+        return self.made[dtype]  # type: ignore[no-any-return]
+
+    def rescore(
+        self, router_logits: Tensor, off: Tensor | None = None, *, first: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> Triple:  # fmt: skip
         """Weights and selection as the router would make them from these logits.
 
-        off     (N,) bool: experts that can't be chosen, whatever bias the family adds for the selection
+        off             (N,) bool: experts that can't be chosen; where too few others are left their weight is 0
+        first, last     (N,) bool: experts whose logits are the highest or lowest, and that must not lose their place
+                        to the bias that some families add for the selection
         """
-        bias = self.router._buffers.get(CORRECTION)
         if off is not None:
-            router_logits = router_logits.masked_fill(off, OFF)
+            off = off.to(router_logits.device)
+            router_logits = router_logits.masked_fill(off, off_value(router_logits.dtype))
+        scorer = self.scorer(router_logits.dtype)
+        bias = scorer._buffers.get(CORRECTION)
         if bias is not None:
-            self.scorer._buffers[CORRECTION] = bias if off is None else bias.masked_fill(off, OFF)
-        _, weights, selected = self.scorer(router_logits.to(self.router.weight.dtype))  # type: ignore[union-attr, arg-type]
-        return Triple(router_logits, weights, selected)
+            low = off_value(bias.dtype)
+            for chosen, value in ((first, FIRST * low), (last, low), (off, low)):
+                bias = bias if chosen is None else bias.masked_fill(chosen.to(bias.device), value)
+            scorer._buffers[CORRECTION] = bias
+        _, weights, selected = scorer(router_logits)
+        weights = weights.to(self.weights_dtype)
+        return Triple(router_logits, weights if off is None else weights.masked_fill(off[selected], 0.0), selected)
+
+
+def off_value(dtype: torch.dtype) -> float:
+    """A logit that no other is below; finite, as minus infinity times zero is no number."""
+    return max(OFF, torch.finfo(dtype).min / 8)
 
 
 def mixture_layers(model: nn.Module) -> list[MixtureLayer]:
@@ -194,6 +230,15 @@ def check_layer(layer: MixtureLayer) -> None:
     if len(seen) != 1:
         raise outside(layer.name, f"its experts ran {len(seen)} times in one pass", "once")
     same(layer, "what its block hands to the experts", seen[0].float(), routed_TD.float())
+    check_halves(layer, bank)
+
+
+def check_halves(layer: MixtureLayer, bank: Any) -> None:
+    """What is called the up half goes in as a factor: the middle of two gives the middle, as no gate's does."""
+    generator = torch.Generator().manual_seed(1)
+    gate, up, other = (torch.randn(TOKENS, layer.expert_hidden_size, generator=generator) for _ in range(3))
+    middle = (bank.activate(gate, up) + bank.activate(gate, other)) / 2
+    same(layer, "its activation as a factor of up", bank.activate(gate, (up + other) / 2), middle, torch.float32)
 
 
 def check_triple(layer: MixtureLayer, returned: Any) -> Triple:
@@ -208,9 +253,10 @@ def check_triple(layer: MixtureLayer, returned: Any) -> Triple:
     return Triple(logits, weights, index)
 
 
-def same(layer: MixtureLayer, what: str, received: Tensor, expected: Tensor) -> None:
-    """Up to the rounding of the model's own precision."""
-    tolerance = 50 * torch.finfo(layer.router.weight.dtype).eps  # type: ignore[union-attr, arg-type]
+def same(layer: MixtureLayer, what: str, received: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Up to the rounding of `dtype`, the model's own where it is left out; compared in float32."""
+    own = torch.finfo(dtype or layer.router.weight.dtype).eps  # type: ignore[arg-type]
+    tolerance = 50 * max(own, torch.finfo(torch.float32).eps)
     if received.is_floating_point():
         scale = max(float(expected.abs().max()), 1e-6)
         difference = float((received.float() - expected.float()).abs().max()) / scale

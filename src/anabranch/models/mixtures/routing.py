@@ -86,6 +86,7 @@ def watch_layer(
     hooks = [layer.router.register_forward_hook(routed), layer.experts.register_forward_hook(done)]
     if before is not None:
         hooks.append(before.register_forward_pre_hook(entered))
+    before_us = vars(layer.experts).get("forward")  # of an outer watch, or of accelerate
     if outputs:
         layer.experts.forward = capture
     try:
@@ -93,6 +94,8 @@ def watch_layer(
     finally:
         if outputs:
             del layer.experts.forward
+            if before_us is not None:
+                layer.experts.forward = before_us
         for hook in hooks:
             hook.remove()
 
@@ -181,11 +184,15 @@ def biased(layer: MixtureLayer, triple: Triple, bias: Tensor) -> Triple:
 
 
 def forced(layer: MixtureLayer, triple: Triple, promoted: Tensor, suppressed: Tensor, margin: float = 0.01) -> Triple:
-    """Promoted experts above all others of the token, suppressed ones below: both (N,) bool, by the log-softmax."""
+    """Promoted experts above all others of the token, suppressed ones below: both (N,) bool, by the log-softmax.
+
+    Limits by group stay: where promoted experts are in more groups than a token may use, those of some are left out.
+    """
     if not bool(promoted.any() | suppressed.any()):
         return triple
     logs_TN = triple.router_logits.float().log_softmax(-1)
     high_T1, low_T1 = logs_TN.amax(-1, keepdim=True) + margin, logs_TN.amin(-1, keepdim=True) - margin
     promoted, suppressed = promoted.to(logs_TN.device), suppressed.to(logs_TN.device)
     logs_TN = torch.where(promoted, high_T1, torch.where(suppressed, low_T1, logs_TN))
-    return layer.rescore(logs_TN.to(triple.router_logits.dtype))
+    rescored = layer.rescore(logs_TN, first=promoted, last=suppressed)  # half precision would lose the margin
+    return rescored._replace(router_logits=logs_TN.to(triple.router_logits.dtype))

@@ -70,13 +70,12 @@ def take(layer: MixtureLayer, index: Tensor) -> None:
 
 
 def resized(layer: MixtureLayer, num_experts: int) -> None:
-    """Every module that counts its experts counts anew; what was computed for the former count is forgotten."""
+    """Every module that counts its experts counts anew."""
     for module in (layer.experts, layer.router, layer.block):
         if hasattr(module, "num_experts"):
             module.num_experts = num_experts  # type: ignore[assignment]
     if isinstance(layer.router, nn.Linear):
         layer.router.out_features = num_experts
-    vars(layer).pop("scorer", None)
 
 
 def set_count(model: Any, num_experts: int) -> None:
@@ -131,6 +130,12 @@ def check_groups(layer: MixtureLayer, chosen: Sequence[int]) -> None:
             expected=f"equally many of each group, at least {least}, the groups in their order",
             received=f"{members} by group",
         )  # fmt: skip
+    reached = members[0] * int(getattr(layer.router, "topk_group", groups) or groups)
+    if reached < layer.top_k:
+        raise UsageError(
+            f"{layer.name} would keep fewer experts in the groups that a token may use than it is sent to",
+            expected=f"at least {layer.top_k}", received=reached,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -142,10 +147,16 @@ def append_experts(layer: MixtureLayer, tensors: Mapping[str, Tensor]) -> range:
     Returns the indices of the new ones.
     """
     before = layer.num_experts
-    for name in FUSED:
-        value = getattr(layer.experts, name, None)
-        if isinstance(value, nn.Parameter):
-            more = tensors[name].to(value)
-            setattr(layer.experts, name, nn.Parameter(torch.cat((value, more)), value.requires_grad))
+    storage = {name: value for name in FUSED if isinstance(value := getattr(layer.experts, name, None), nn.Parameter)}
+    shapes = {name: tuple(value.shape[1:]) for name, value in storage.items()}
+    given = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
+    if shapes != given or len({len(value) for value in tensors.values()}) != 1:
+        raise UsageError(
+            f"{layer.name} cannot take these experts", expected=f"as many of each of {shapes}",
+            received={name: tuple(value.shape) for name, value in tensors.items()},
+        )  # fmt: skip
+    for name, value in storage.items():
+        more = tensors[name].to(value)
+        setattr(layer.experts, name, nn.Parameter(torch.cat((value, more)), value.requires_grad))
     layer.experts.num_experts = layer.num_experts  # type: ignore[assignment]
     return range(before, layer.num_experts)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`anabranch experts profile`: one pass over labelled texts, and what every router and expert did, as sums.
+
+OUT             the statistics, safetensors
+OUT.json        what they hold, in words and a few numbers
+OUT.part        of a profile that was stopped: what --resume goes on from
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anabranch.errors import UsageError
+from anabranch.jobs.experts_settings import ProfileSettings
+from anabranch.jobs.experts_texts import Windows, read_windows
+from anabranch.jobs.progress import Progress
+from anabranch.jobs.stages import plain_values_of
+from anabranch.measure.experts.ranking.seuf import DocumentMeans
+from anabranch.measure.experts.ranking.tcess import MaskedLogits
+from anabranch.measure.experts.statistics import Collector, ExpertStats
+from anabranch.models.language.folder import hushed, open_language_model
+from anabranch.models.mixtures.fingerprint import fingerprint
+from anabranch.models.mixtures.layers import open_layers
+from anabranch.train.signals import StopFlag
+
+PART_EVERY = 50
+"""Batches between two saves of what there is."""
+
+
+class Everything(DocumentMeans, MaskedLogits):
+    """All sums that any ranking takes from one pass without gradients."""
+
+
+def experts_profile(settings: ProfileSettings) -> ExpertStats:
+    """Write settings.out; returns the statistics."""
+    refuse_taken(settings)
+    with hushed():
+        model, tokenizer = open_language_model(settings.model)
+    layers = open_layers(model)
+    texts = read_windows(
+        settings.data, tokenizer, length=settings.length, limit=settings.limit, least=settings.num_folds
+    )
+    collector = Everything(
+        model, layers, [windows.label for windows in texts], num_folds=settings.num_folds,
+        outputs=settings.outputs, residual=settings.outputs, fingerprint=fingerprint(model),
+    )  # fmt: skip
+    read_all(settings, model, collector, texts)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    collector.stats.save(settings.out)
+    told = settings.out.with_name(f"{settings.out.name}.json")
+    told.write_text(json.dumps(described(settings, collector.stats), indent=1) + "\n", encoding="utf-8")
+    for file in part_files(settings.out):
+        file.unlink(missing_ok=True)
+    tell(settings, collector.stats)
+    return collector.stats
+
+
+def refuse_taken(settings: ProfileSettings) -> None:
+    for name, least in (("length", 2), ("limit", 1), ("batch_size", 1), ("num_folds", 2)):
+        if getattr(settings, name) < least:
+            raise UsageError(f"{name} cannot be used", expected=f"at least {least}", received=getattr(settings, name))
+    if settings.out.exists():
+        raise UsageError(f"{settings.out} is there already", expected="a free name", hint="another --out")
+    if part_files(settings.out)[0].exists() and not settings.resume:
+        raise UsageError(
+            f"a profile for {settings.out} was stopped before its end", expected="--resume, or another --out",
+            received=part_files(settings.out)[0],
+        )  # fmt: skip
+
+
+def part_files(out: Path) -> tuple[Path, Path]:
+    return out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.part.json")
+
+
+def read_all(settings: ProfileSettings, model: Any, collector: Collector, texts: Sequence[Windows]) -> None:
+    """Batches of one label each, in their order; what was read before a stop is not read again."""
+    batches = [
+        (label, windows, start)
+        for label, windows in enumerate(texts)
+        for start in range(0, len(windows.input_ids), settings.batch_size)
+    ]
+    done = going_on(settings, collector, batches) if settings.resume else 0
+    with StopFlag() as stop, Progress("experts profile", len(batches), done) as progress:
+        for i in range(done, len(batches)):
+            if stop.is_set:
+                save_part(settings, collector.stats, i)
+                stop.check(f"stopped after {i} of {len(batches)} batches; --resume goes on")
+            label, windows, start = batches[i]
+            part = slice(start, start + settings.batch_size)
+            ids, mask = windows.input_ids[part].to(model.device), windows.attention_mask[part].to(model.device)
+            labels = torch.full((len(ids), 1), label, device=model.device)
+            folds = windows.folds(settings.num_folds)[part].to(model.device)
+            with torch.no_grad(), collector.collecting(labels, folds, mask):
+                model.get_decoder()(input_ids=ids, attention_mask=mask)
+            if (i + 1) % PART_EVERY == 0:
+                save_part(settings, collector.stats, i + 1)
+            progress.advance(windows.label)
+
+
+def save_part(settings: ProfileSettings, stats: ExpertStats, done: int) -> None:
+    file, told = part_files(settings.out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stats.save(file)
+    told.write_text(json.dumps({"done": done, "settings": plain_values_of(settings)}), encoding="utf-8")
+
+
+def going_on(settings: ProfileSettings, collector: Collector, batches: Sequence[Any]) -> int:
+    file, told = part_files(settings.out)
+    if not file.exists() or not told.exists():
+        return 0
+    before, state = ExpertStats.load(file), json.loads(told.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(plain_values_of(settings)))
+    if state["settings"] != now or before.header() != collector.stats.header():
+        changed = [name for name in now if now[name] != state["settings"].get(name)] or ["the model"]
+        raise UsageError(
+            "a profile goes on only as it began", expected=f"the same {changed[0]}",
+            received=now.get(changed[0], "another"), hint="another --out starts anew",
+        )  # fmt: skip
+    collector.stats = before
+    return int(state["done"])
+
+
+def described(settings: ProfileSettings, stats: ExpertStats) -> dict[str, Any]:
+    return {
+        **stats.header(), "statistics": sorted(stats.sums), "settings": plain_values_of(settings),
+        "tokens": {label: stats.num_tokens(label) for label in stats.labels},
+        "windows": {label: float(stats.documents[i].sum()) for i, label in enumerate(stats.labels)},
+    }  # fmt: skip
+
+
+def tell(settings: ProfileSettings, stats: ExpertStats) -> None:
+    """Each label's busiest experts, a layer a row."""
+    width = max(map(len, stats.labels))
+    print(f"{len(stats.layers)} layers of {stats.num_experts} experts, {stats.top_k} a token; share of the choices, %")
+    print(" " * width + "".join(f"{i:>22}" for i in range(len(stats.layers))))
+    for label in stats.labels:
+        load_LN = stats.of("count", label) / stats.num_tokens(label) / stats.top_k
+        cells = []
+        for load_N in load_LN:
+            best = load_N.argsort(descending=True)[:3].tolist()
+            cells.append("  ".join(f"{e}:{100 * load_N[e]:.0f}" for e in best))
+        print(f"{label:<{width}}" + "".join(f"{cell:>22}" for cell in cells))
+    print(f"\nprofile  {settings.out}")
+    print(f"next     anabranch experts rank --stats {settings.out} --target {stats.labels[0]}")

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `anabranch experts` can be told. The first class of a pair holds the flags, the second every further setting.
+
+Light on purpose: the command line reads these without importing torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Which model reads which texts."""
+
+    model: Path = Path("model")
+    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+    data: tuple[str, ...] = ()
+    """name=FILE for every label: .txt, or .jsonl with "text" in each row; domain:NAME for a text that ships."""
+    length: int = 128
+    """Tokens of a window."""
+    limit: int = 200
+    """Windows of a label, spread evenly through its text."""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileFlags(Reading):
+    out: Path = Path("profile.safetensors")
+    """The file to write; OUT.json beside it says in words what it holds."""
+    outputs: bool = False
+    """Also what experts put out: norms, maxima, and how far they turn the stream."""
+    resume: bool = False
+    """Go on with a profile that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings(ProfileFlags):
+    num_folds: int = 10
+    """Parts of each text that intervals are drawn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFlags:
+    stats: Path = Path("profile.safetensors")
+    """What anabranch experts profile wrote."""
+    target: str = ""
+    """The label whose experts are looked for."""
+    against: tuple[str, ...] = ()
+    """Labels that it is set against; all others when left out."""
+    by: tuple[str, ...] = ()
+    """Rankings, by name; all that the statistics allow when left out."""
+    num: int = 4
+    """How many of the highest are shown, and compared between rankings."""
+    out: Path | None = None
+    """A JSON file to write: all scores, intervals and overlaps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings(RankFlags):
+    resamplings: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerFlags:
+    stats: Path = Path("profile.safetensors")
+    """What anabranch experts profile wrote."""
+    target: str = ""
+    """The label whose experts are steered."""
+    against: tuple[str, ...] = ()
+    """Labels that it is set against; all others when left out."""
+    by: str = "ftri"
+    """ftri, rice, dsmoe or steermoe, each with its own ranking; or manual, with --experts and --kind."""
+    num: int = 2
+    """How many experts, over all layers."""
+    amount: float | None = None
+    """Rice's beta, dsmoe's alpha, or the amount of a manual scale or bias."""
+    turn: Literal["on", "off"] = "off"
+    """Whether ftri and steermoe switch what the target shows on or off."""
+    experts: tuple[str, ...] = ()
+    """For manual: layer.expert, layers counted from 0 as anabranch experts rank shows them."""
+    kind: str = "empty"
+    """For manual: empty, empty_keep_sum, refill, scale, scale_keep_sum, bias, promote, suppress."""
+    out: Path = Path("steer.json")
+    """The recipe to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerSettings(SteerFlags):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    model: Path = Path("model")
+    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+    steer: tuple[Path, ...] = ()
+    """Recipes of anabranch experts steer, one after another."""
+    prompt: str = ""
+    """Go on with this text."""
+    prompts: Path | None = None
+    """A text file with one prompt a line, or .jsonl with "text" in each row."""
+    out: Path | None = None
+    """A .jsonl file to write; without it texts are printed."""
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0: the likeliest token."""
+    seed: int = 0
+    export: Path | None = None
+    """Write the steered model as a stock checkpoint here, where a checkpoint can say it, and end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(GenerateFlags):
+    strict: bool = True
+    """Refuse recipes that were made on another model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFlags:
+    model: Path = Path("model")
+    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+    stats: Path | None = None
+    """What anabranch experts profile wrote on this model; naee and random need none."""
+    data: tuple[str, ...] = ()
+    """name=FILE for every label whose loss is told before and after; naee searches on the targets among them."""
+    target: tuple[str, ...] = ()
+    """Labels whose experts stay; of several, each counts the same in every layer."""
+    by: str = "easy_ep"
+    """The ranking; or naee (the subset that keeps the outputs), or random."""
+    keep: int = 4
+    """Experts that every layer keeps."""
+    protect: tuple[str, ...] = ()
+    """layer.expert that stay whatever their score; super: those of massive outputs, found in the statistics."""
+    out: Path = Path("pruned")
+    """The checkpoint to write, with experts.json: what was kept, and the losses."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(PruneFlags):
+    length: int = 128
+    limit: int = 100
+    controls: int = 3
+    """Random prunings that the same number of experts is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFlags:
+    model: Path = Path("model")
+    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+    data: tuple[str, ...] = ()
+    """name=FILE for every label: usage and outputs are taken on the targets, losses are told for all."""
+    target: tuple[str, ...] = ()
+    """Labels that the merge is made for; all when left out."""
+    by: str = "mc_smoe"
+    """mc_smoe (aligned, grouped by their logits) or sub_moe (grouped by their outputs)."""
+    keep: int = 4
+    """Distinct experts that a layer has afterwards, on average; the others point to them."""
+    out: Path = Path("merged")
+    """The checkpoint to write, with experts.json."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(MergeFlags):
+    length: int = 128
+    limit: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneFlags:
+    model: Path = Path("model")
+    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+    stats: Path = Path("profile.safetensors")
+    """What anabranch experts profile wrote on this model."""
+    data: tuple[str, ...] = ()
+    """name=FILE: the first is learnt, from its first nine tenths; the losses of all are told before and after."""
+    target: str = ""
+    """The label of the statistics whose experts learn."""
+    by: str = "esft_token"
+    """The ranking that chooses them."""
+    p: float = 0.2
+    """ESFT: the share of relevance that the chosen experts of a layer hold."""
+    num: int = 0
+    """CEFT: so many of each layer, in place of a share."""
+    steps: int = 200
+    learning_rate: float = 1e-3
+    out: Path = Path("tuned")
+    """The adapter to write: the tuned experts alone, and experts.json."""
+    merged: Path | None = None
+    """Also write the whole checkpoint here."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings(TuneFlags):
+    length: int = 128
+    limit: int = 400
+    batch_size: int = 16
+    weight_decay: float = 0.1

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts that share one set of weights, or that a vector stands in for."""

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fTRI: switch a behaviour off or on by the experts that fire more often when it is shown.
+
+Paper     : Mixture of Tunable Experts (arXiv 2502.11096); its own short name is that of another method here.
+Equation  : the n experts of highest D = mean A_p with the behaviour - mean A_p without; off: g = 0, nobody moves up
+Shapes    : scores (L, N) of measure/experts/ranking/ftri; n experts over all layers.
+Differs   : off keeps the token's sum of weights, as the paper renormalises; on promotes into the selection [reading].
+Check     : tokens that never met an expert are the same bit for bit (tests/reuse/steer/test_methods.py).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from anabranch.reuse.steer.choice import highest
+from anabranch.reuse.steer.recipe import Recipe, Step
+
+
+def recipe(scores: Tensor, layers: Sequence[str], *, num: int = 10, turn: Literal["off", "on"] = "off") -> Recipe:
+    """Experts of highest score off (the slot stays empty), or into every token's selection."""
+    kind = "empty_keep_sum" if turn == "off" else "promote"
+    return Recipe(steps=(Step(kind=kind, experts=highest(scores, layers, num)),), made_by="reuse/steer/ftri")
