@@ -10,6 +10,8 @@ TOPICS = {
     "generate": "texts of the model as it is and as it is steered, or the steered model as a checkpoint",
     "tune": "let only the experts that a task uses learn it",
     "prune": "keep the experts that a task needs, in a stock checkpoint",
+    "merge": "let experts that are alike share their weights, in a stock checkpoint",
+    "families": "every family of models through every operation, as a table; or a model of yours",
 }
 PURPOSE = "read, steer, tune, prune and merge the experts of a trained mixture of experts"
 

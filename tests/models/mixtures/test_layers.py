@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -324,3 +326,21 @@ def test_checkpoints_of_one_file_an_expert_load_and_pass(family, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
     again.save_pretrained(tmp_path / "again")
     assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(tensors)
+
+
+def test_the_contract_names_a_later_operation_alone(monkeypatch):
+    """A model that is saved in lower precision: all works but what goes through a file."""
+    model = tiny("Mixtral")
+    save = type(model).save_pretrained
+
+    def coarse(self, folder):
+        rounded = copy.deepcopy(self)
+        for parameter in rounded.parameters():
+            parameter.data.copy_(parameter.data.bfloat16())
+        save(rounded, folder)
+
+    monkeypatch.setattr(type(model), "save_pretrained", coarse)
+    outcomes = contract(model)
+    assert {name for name, outcome in outcomes.items() if not outcome} == {"slice", "save"}
+    assert outcomes["save"].difference > 1
+    assert "at most 0" in outcomes["save"].why
