@@ -79,7 +79,8 @@ class Bench:
             folds = windows.folds(10)
             for start in range(0, len(folds), BATCH):
                 ids, mask = windows.input_ids[start : start + BATCH], windows.attention_mask[start : start + BATCH]
-                found.append(Batch(ids, mask, torch.full_like(ids, label), folds[start : start + BATCH]))
+                rows = folds[start : start + BATCH]
+                found.append(Batch(ids, mask, torch.full_like(ids, label), rows, answers=mask.bool()))
         return found
 
     def plain(self, labels: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -83,11 +83,11 @@ def off(told: Mapping[str, Any]) -> Section:
     }
     figure = matrix(
         ends["mean"], ends["low"], ends["high"], [f"{row['layer']}.{row['expert']}" for row in rows], told["labels"],
-        "Every expert off, one at a time", "thousandths of a nat a byte", row_title="expert", column_title="loss of",
+        "What each expert is worth to each text", "thousandths of a nat a byte", row_title="expert", column_title="loss without it, of",
     )  # fmt: skip
     text = [
         "One expert is switched off and the next in the router's order takes its bytes. What every text loses is the "
-        "expert's worth to it. Higher is worse: the model misses the expert."
+        "expert's worth to it; below zero it is better off."
     ]
     return Section("What happens without each expert", text=text, figures=[figure])
 

@@ -7,7 +7,7 @@ OUT.part        of a profile that was stopped: what --resume goes on from
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from anabranch.jobs.experts_settings import ProfileSettings
 from anabranch.jobs.experts_texts import Windows, read_windows
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.stages import plain_values_of
+from anabranch.measure.experts.ranking import dsmoe, router_lens
+from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.measure.experts.ranking.seuf import DocumentMeans
 from anabranch.measure.experts.ranking.tcess import MaskedLogits
 from anabranch.measure.experts.statistics import Collector, ExpertStats
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.fingerprint import fingerprint
-from anabranch.models.mixtures.layers import open_layers
+from anabranch.models.mixtures.layers import MixtureLayer, open_layers
 from anabranch.train.signals import StopFlag
 
 PART_EVERY = 50
@@ -43,25 +45,58 @@ def experts_profile(settings: ProfileSettings) -> ExpertStats:
     texts = read_windows(
         settings.data, tokenizer, length=settings.length, limit=settings.limit, least=settings.num_folds
     )
+    stats = passes(settings, model, layers, texts) if settings.collect == "passes" else tuned(settings, model, texts)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    stats.save(settings.out)
+    told = settings.out.with_name(f"{settings.out.name}.json")
+    told.write_text(json.dumps(described(settings, stats), indent=1) + "\n", encoding="utf-8")
+    for file in part_files(settings.out):
+        file.unlink(missing_ok=True)
+    tell(settings, stats)
+    return stats
+
+
+def passes(
+    settings: ProfileSettings, model: Any, layers: Sequence[MixtureLayer], texts: Sequence[Windows]
+) -> ExpertStats:
     collector = Everything(
         model, layers, [windows.label for windows in texts], num_folds=settings.num_folds,
         outputs=settings.outputs, residual=settings.outputs, fingerprint=fingerprint(model),
     )  # fmt: skip
     read_all(settings, model, collector, texts)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    collector.stats.save(settings.out)
-    told = settings.out.with_name(f"{settings.out.name}.json")
-    told.write_text(json.dumps(described(settings, collector.stats), indent=1) + "\n", encoding="utf-8")
-    for file in part_files(settings.out):
-        file.unlink(missing_ok=True)
-    tell(settings, collector.stats)
     return collector.stats
+
+
+def tuned(settings: ProfileSettings, model: Any, texts: Sequence[Windows]) -> ExpertStats:
+    """What takes gradients: of the embeddings, or of a copy's routers."""
+    given: dict[str, Any] = {"num_folds": settings.num_folds, "fingerprint": fingerprint(model)}
+    if settings.collect == "dsmoe":
+        return dsmoe.collect(model, batches_of(settings, texts[:1]), **given)
+    labels, batches = [windows.label for windows in texts], list(batches_of(settings, texts))
+    lens = router_lens.collect(
+        model, batches, labels, epochs=settings.epochs, learning_rate=settings.learning_rate, **given
+    )
+    return lens.stats
+
+
+def batches_of(settings: ProfileSettings, texts: Sequence[Windows]) -> Iterator[Batch]:
+    for label, windows in enumerate(texts):
+        folds = windows.folds(settings.num_folds)
+        for start in range(0, len(folds), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            ids, mask = windows.input_ids[part], windows.attention_mask[part]
+            yield Batch(ids, mask, torch.full_like(ids, label), folds[part], answers=mask.bool())
 
 
 def refuse_taken(settings: ProfileSettings) -> None:
     for name, least in (("length", 2), ("limit", 1), ("batch_size", 1), ("num_folds", 2)):
         if getattr(settings, name) < least:
             raise UsageError(f"{name} cannot be used", expected=f"at least {least}", received=getattr(settings, name))
+    if settings.collect != "passes" and (settings.outputs or settings.resume):
+        raise UsageError(
+            f"--collect {settings.collect} knows neither --outputs nor --resume", expected="neither",
+            received="--outputs" if settings.outputs else "--resume",
+        )  # fmt: skip
     if settings.out.exists():
         raise UsageError(f"{settings.out} is there already", expected="a free name", hint="another --out")
     if part_files(settings.out)[0].exists() and not settings.resume:

@@ -30,6 +30,9 @@ class ProfileFlags(Reading):
     """The file to write; OUT.json beside it says in words what it holds."""
     outputs: bool = False
     """Also what experts put out: norms, maxima, and how far they turn the stream."""
+    collect: Literal["passes", "dsmoe", "router_lens"] = "passes"
+    """Passes over every label; dsmoe: the first label's salient tokens against its common ones, by gradients;
+    router_lens: also what a copy chooses whose routers were tuned on the texts."""
     resume: bool = False
     """Go on with a profile that was stopped."""
 
@@ -38,6 +41,10 @@ class ProfileFlags(Reading):
 class ProfileSettings(ProfileFlags):
     num_folds: int = 10
     """Parts of each text that intervals are drawn from."""
+    epochs: int = 3
+    """Of router_lens."""
+    learning_rate: float = 5e-4
+    """Of router_lens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ come from resampling documents; memory does not grow with the number of tokens.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +36,7 @@ OUTPUTS = ("norm", "weighted_norm", "share_norm")
 RESIDUAL = ("turn",)
 MAXIMA = ("peak",)
 FORMAT = "anabranch expert statistics 1"
+NOTHING = torch.empty(0)
 
 
 @dataclass
@@ -190,14 +191,22 @@ class Collector:
         keys_T = (labels_BS * stats.num_folds + folds[:, None]).reshape(-1)[real_T]
         per_token_T = (1 / lengths_B.clamp(min=1))[:, None].expand(labels_BS.shape).reshape(-1)[real_T]
 
+        held: list[Seen] = []
+
         def take(seen: Seen) -> None:
-            self.update(seen, real_T, keys_T, per_token_T)
+            if self.outputs:  # too large to be held
+                self.update(seen, real_T, keys_T, per_token_T)
+            else:
+                held.append(replace(seen, hidden_states=NOTHING, routed=NOTHING))
 
         with (
             torch.no_grad(),
             watched(self.layers, take, outputs=self.outputs, residual=self.residual, model=self.model),
         ):
             yield
+        with torch.no_grad():  # once the pass is over: between its layers, its memory would be scattered
+            for seen in held:
+                self.update(seen, real_T, keys_T, per_token_T)
         size = len(stats.labels) * stats.num_folds
         stats.tokens += torch.bincount(keys_T.cpu(), minlength=size).view(stats.tokens.shape)
         for label in range(len(stats.labels)):

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding: contrast between two routings of one model, and experts that are replaced by a vector."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anabranch.data.six_domains import DOMAINS
+from anabranch.jobs.text_mixture import ByteWindows
+from anabranch.models.mixtures.routing import changed
+from anabranch.reuse.merge.compressed_experts import CompressedExperts, fit
+from anabranch.reuse.steer.scmoe import contrast, weak_routing
+from anabranch.train.loop import TrainConfig
+from recipes.experts.arms import Bench
+from recipes.experts.compare import texts
+from recipes.experts.tuning import Rows, opened
+
+
+def decoding(models: Path) -> Rows:
+    rows: Rows = []
+    for name in ("first", "second"):
+        model = opened(models, name)
+        for draw in (0, 1, 2):
+            bench = Bench(model, "law", draw, *texts(draw))
+            for domain in DOMAINS:
+                ids = bench.asked[domain].input_ids[draw::3]
+                rows += [
+                    {"part": "decode", "arm": arm, "model": name, "draw": draw, "domain": domain, "right": right}
+                    for arm, right in contrasted(bench, ids).items()
+                ]
+            rows += compressed(bench, name, draw)
+            print(name, draw, flush=True)
+    return rows
+
+
+@torch.no_grad()
+def contrasted(bench: Bench, ids: Tensor) -> dict[str, float]:
+    """Share of the bytes that are the likeliest one, by the model, by weak routings, and by contrast with them."""
+    strong = bench.model(ids).logits[:, :-1]
+    found = {"the model": hit(strong, ids)}
+    for ranks in ((2,), (8,)):
+        with changed(bench.layers, weak_routing(ranks)):
+            weak = bench.model(ids).logits[:, :-1]
+        found[f"rank {ranks[0]} alone"] = hit(weak, ids)
+        found[f"contrast with rank {ranks[0]}"] = hit(contrast(strong, weak, alpha=0.1, beta=0.5), ids)
+    return found
+
+
+def hit(logits: Tensor, ids: Tensor) -> float:
+    return float((logits.argmax(-1) == ids[:, 1:]).double().mean())
+
+
+def compressed(bench: Bench, name: str, draw: int) -> Rows:
+    """One main expert, the second one as a vector: before and after the vectors are trained."""
+    own = CompressedExperts(bench.layers, 1)
+    rows: Rows = [{"part": "compress", "arm": "the first expert alone", "model": name, "draw": draw,
+                   "change": bench.within(own.applied())}]  # fmt: skip
+    config = TrainConfig(steps=200, batch_size=24, learning_rate=1e-2, weight_decay=0.0, seed=draw)
+    fit(bench.model, own, ByteWindows(DOMAINS, 24, draw), config)
+    rows.append({"part": "compress", "arm": "the second as a trained vector", "model": name, "draw": draw,
+                 "change": bench.within(own.applied())})  # fmt: skip
+    return rows
