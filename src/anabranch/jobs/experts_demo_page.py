@@ -81,9 +81,10 @@ def off(told: Mapping[str, Any]) -> Section:
     ends = {
         end: [[row["change"][name][end] for name in told["labels"]] for row in rows] for end in ("mean", "low", "high")
     }
+    names = [f"{row['layer']}.{row['expert']}" for row in rows]
     figure = matrix(
-        ends["mean"], ends["low"], ends["high"], [f"{row['layer']}.{row['expert']}" for row in rows], told["labels"],
-        "What each expert is worth to each text", "thousandths of a nat a byte", row_title="expert", column_title="loss without it, of",
+        ends["mean"], ends["low"], ends["high"], names, told["labels"], "What each expert is worth to each text",
+        "thousandths of a nat a byte", row_title="expert", column_title="loss without it, of",
     )  # fmt: skip
     text = [
         "One expert is switched off and the next in the router's order takes its bytes. What every text loses is the "
