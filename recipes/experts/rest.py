@@ -7,7 +7,7 @@ python -m recipes.experts.rest --table runs/experts/rest.jsonl
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ from recipes.experts.tuning import UNSEEN, Rows, tuning
 from recipes.mote.policy import read
 
 PARTS: dict[str, Callable[[Path], Rows]] = {"tune": tuning, "decode": decoding, "serve": serving, "lineage": lineage}
+
+
+def main(models: Path, out: Path, parts: Sequence[str]) -> None:
+    """A part that is there is not made again."""
+    torch.set_num_threads(1)
+    done = {row["part"] for row in read(out)}
+    for part in parts:
+        if part not in done:
+            rows = [*read(out), *PARTS[part](models)]
+            out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def table(rows: Rows) -> None:
@@ -65,12 +75,4 @@ if __name__ == "__main__":
     if given.table is not None:
         table(read(given.table))
     else:
-        torch.set_num_threads(1)
-        for part in given.parts:
-            kept = [
-                row
-                for row in read(given.out)
-                if row["part"] not in (part, {"tune": "weave", "decode": "compress"}.get(part))
-            ]
-            kept += PARTS[part](given.models)
-            given.out.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        main(given.models, given.out, given.parts)

@@ -14,7 +14,7 @@ import torch
 from anabranch.data.six_domains import CONFLICT, DOMAINS, seals, text_of
 from anabranch.jobs.text_mixture import nll_of, save_mixture, seal_letters, train_mixture
 
-UNSEEN = "maths"
+UNSEEN, STEPS = "maths", 3000
 MODELS = {
     "first": (0, DOMAINS),
     "second": (1, DOMAINS),
@@ -47,5 +47,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/experts"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     main(**vars(parser.parse_args()))

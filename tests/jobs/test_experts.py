@@ -254,6 +254,17 @@ def test_every_method_makes_a_recipe_that_runs(world, tmp_path, by, capsys):
     assert (tmp_path / "x").exists() == (by == "rice")
 
 
+def test_contrast_decodes_against_a_weaker_routing_and_without_strength_is_the_model(world, tmp_path, capsys):
+    given = ("--model", world / "model", "--prompt", "aab", "--max-new-tokens", "12", "--contrast", "2")
+    assert run("generate", *given, "--set", "beta=0", "--out", tmp_path / "weak.jsonl") == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "weak.jsonl").read_text().splitlines()]
+    assert row["steered"] == row["plain"]
+    assert run("generate", *given, "--set", "alpha=7") == 2
+    assert "alpha" in capsys.readouterr().err
+    assert run("generate", *given, "--export", tmp_path / "x") == 2
+    assert "goes with a model as it is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -14,6 +14,7 @@ from anabranch.jobs.experts_texts import read_documents
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
+from anabranch.reuse.steer import scmoe
 from anabranch.reuse.steer.recipe import Recipe
 from anabranch.train.publish import publish_folder
 
@@ -37,6 +38,9 @@ def experts_generate(settings: GenerateSettings) -> list[dict[str, str]]:
                 stack.enter_context(recipe.applied(layers))
             for row in rows:
                 row["steered"] = go_on(settings, model, tokenizer, row["prompt"])
+    if settings.contrast:
+        for row in rows:
+            row["steered"] = contrasted(settings, model, tokenizer, row["prompt"])
     tell(settings, rows)
     return rows
 
@@ -49,6 +53,11 @@ def check(settings: GenerateSettings) -> None:
     for path in (settings.out, settings.export):
         if path is not None and path.exists():
             raise UsageError(f"{path} is there already", expected="a free name", hint="another name")
+    if settings.contrast and (settings.steer or settings.export):
+        raise UsageError(
+            "--contrast goes with a model as it is", expected="neither --steer nor --export",
+            received="--steer" if settings.steer else "--export",
+        )  # fmt: skip
     if settings.export is not None and not settings.steer:
         raise UsageError("nothing would be exported but the model itself", expected="--steer", received="none")
 
@@ -86,6 +95,20 @@ def go_on(settings: GenerateSettings, model: Any, tokenizer: Any, prompt: str) -
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id, **({"do_sample": False} | drawn),
         )  # fmt: skip
+    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def contrasted(settings: GenerateSettings, model: Any, tokenizer: Any, prompt: str) -> str:
+    try:
+        config = scmoe.Config(
+            ranks=settings.contrast, alpha=settings.alpha, beta=settings.beta, temperature=settings.temperature
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    generator = torch.Generator(model.device).manual_seed(settings.seed)
+    out = scmoe.generate(model, ids, config, max_new_tokens=settings.max_new_tokens, generator=generator)
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text
 

@@ -113,6 +113,8 @@ class GenerateFlags:
     max_new_tokens: int = 64
     temperature: float = 0.0
     """0: the likeliest token."""
+    contrast: tuple[int, ...] = ()
+    """SCMoE: in place of recipes, decode against the same model routed to the experts of these ranks, such as 2."""
     seed: int = 0
     export: Path | None = None
     """Write the steered model as a stock checkpoint here, where a checkpoint can say it, and end."""
@@ -122,6 +124,10 @@ class GenerateFlags:
 class GenerateSettings(GenerateFlags):
     strict: bool = True
     """Refuse recipes that were made on another model."""
+    alpha: float = 0.1
+    """Of contrast: tokens less likely than this share of the likeliest are barred."""
+    beta: float = 0.5
+    """Of contrast: its strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
