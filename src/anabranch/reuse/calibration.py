@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError
-from anabranch.models.mixtures.layers import MixtureLayer
+from anabranch.models.mixtures.layers import MixtureLayer, evaluating
 from anabranch.models.mixtures.routing import Seen, watched
 
 Batch = Mapping[str, Tensor]
@@ -42,15 +42,10 @@ def real_tokens(batch: Batch) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def reading(model: nn.Module) -> Iterator[None]:
     """Without noise of training and without gradients; the mode comes back as it was."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def run(model: Any, batch: Batch) -> Tensor:
@@ -63,7 +58,7 @@ def run(model: Any, batch: Batch) -> Tensor:
 def captured(model: Any, layers: Sequence[MixtureLayer], batches: Iterable[Batch]) -> dict[str, Captured]:
     """By name of the layer; every layer has run on the same tokens."""
     parts: dict[str, list[tuple[Tensor, ...]]] = {layer.name: [] for layer in layers}
-    with evaluating(model):
+    with reading(model):
         for batch in batches:
             real_T = real_tokens(batch)
 

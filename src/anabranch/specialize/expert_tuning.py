@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.measure.experts.ranking.batches import Batch
-from anabranch.models.mixtures.adapter import ExpertAdapter, fingerprint, read_experts
+from anabranch.models.mixtures.adapter import ExpertAdapter, read_experts
+from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.specialize.chosen_experts import ChosenExperts
 
 

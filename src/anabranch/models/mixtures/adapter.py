@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import UsageError
 from anabranch.models.mixtures.bank import check_expert
+from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, mixture_layers
 from anabranch.models.mixtures.surgery import FUSED
 
@@ -95,17 +96,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def file_hash(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha-256 over every saved tensor's name, shape and values; half precision counts as the float32 that it equals."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
 
 
 # out of a model

@@ -8,6 +8,8 @@ tried on every layer when the model is opened: a layer that answers differently 
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -194,14 +196,21 @@ def open_layers(model: nn.Module) -> list[MixtureLayer]:
         UsageError: as `mixture_layers`; or a layer that answers otherwise than the bridge would work on.
     """
     layers = mixture_layers(model)
-    training = model.training
-    model.eval()  # noise of training is not the router's decision
-    try:
+    with evaluating(model):
         for layer in layers:
             check_layer(layer)
+    return layers
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and jitter: noise of training is not the router's decision. The mode comes back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
-    return layers
 
 
 @torch.no_grad()

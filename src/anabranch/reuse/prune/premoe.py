@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import UsageError
 from anabranch.models.mixtures.layers import MixtureLayer
-from anabranch.reuse.calibration import Batch, evaluating, real_tokens, run
+from anabranch.reuse.calibration import Batch, reading, real_tokens, run
 from anabranch.reuse.prune.keep import Keep, Protect, check_count, check_scores, uniform
 
 FORMAT = "anabranch task library 1"
@@ -136,7 +136,7 @@ def first_layer(model: Any, layer: MixtureLayer, batch: Batch) -> Tensor:
 
     hook = layer.router.register_forward_hook(reached)
     try:
-        with evaluating(model):
+        with reading(model):
             run(model, batch)
     except Reached:
         pass

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError
-from anabranch.models.mixtures.adapter import ExpertAdapter, check_adapter, fingerprint, fused_of
+from anabranch.models.mixtures.adapter import ExpertAdapter, check_adapter, fused_of
+from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, Triple, open_layers
 from anabranch.models.mixtures.routing import changed
 from anabranch.models.mixtures.surgery import append_experts

@@ -28,7 +28,7 @@ from torch import Tensor
 from anabranch.errors import UsageError
 from anabranch.models.mixtures.layers import MixtureLayer, Triple, mixture_layers
 from anabranch.models.mixtures.routing import changed
-from anabranch.reuse.calibration import Batch, captured, evaluating, real_tokens, refuse_empty, run
+from anabranch.reuse.calibration import Batch, captured, reading, real_tokens, refuse_empty, run
 from anabranch.reuse.skip.slots import Skipped, without
 
 CLASSES = "classes"
@@ -56,7 +56,7 @@ def layer_weights(model: Any, batches: Sequence[Batch]) -> dict[str, float]:
     """alpha_l by name, which sum to 1; all 0 where no layer makes a difference. L + 1 passes over the text."""
     layers = mixture_layers(model)
     sums, tokens = dict.fromkeys((layer.name for layer in layers), 0.0), 0
-    with evaluating(model):
+    with reading(model):
         for batch in batches:
             real_T, plain = real_tokens(batch), run(model, batch)
             tokens += int(real_T.sum())
@@ -169,7 +169,7 @@ def search(
     """The pair of thresholds for this model: at most 2 `count` + 5 passes over the text."""
     layers = mixture_layers(model)
     first, second = candidates(model, batches, alpha, count)
-    with evaluating(model):
+    with reading(model):
         plain = [run(model, batch) for batch in batches]
         return frontier(evaluator(model, layers, batches, alpha, plain, keep_sum), first, second, rho)
 

@@ -4,8 +4,7 @@
 Shapes    : B documents, S tokens of the longest, V words.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import UsageError
 from anabranch.measure.experts.statistics import Collector, ExpertStats
-from anabranch.models.mixtures.layers import open_layers
+from anabranch.models.mixtures.layers import evaluating, open_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +38,6 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
         return Batch(**moved)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and jitter: noise of training is not the router's decision."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def read(collector: Collector, batches: Iterable[Batch]) -> ExpertStats:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.measure.experts.ranking.batches import Batch, evaluating, next_token_losses, read
+from anabranch.measure.experts.ranking.batches import Batch, next_token_losses, read
 from anabranch.measure.experts.ranking.contrast import check_contrast, num_tokens, pooled
 from anabranch.measure.experts.statistics import Collector, ExpertStats
-from anabranch.models.mixtures.layers import open_layers
+from anabranch.models.mixtures.layers import evaluating, open_layers
 from anabranch.models.mixtures.routing import Seen
 
 SUM = "saliency"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.measure.experts.ranking import frequency
-from anabranch.measure.experts.ranking.batches import Batch, evaluating, next_token_losses, read
+from anabranch.measure.experts.ranking.batches import Batch, next_token_losses, read
 from anabranch.measure.experts.statistics import Collector, ExpertStats
-from anabranch.models.mixtures.layers import MixtureLayer, open_layers
+from anabranch.models.mixtures.layers import MixtureLayer, evaluating, open_layers
 
 SUM = "tuned_count"
 NEEDS = (SUM,)
