@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 HELP_BAR = 0.2
-SIZE_BAR = 8.0
+SIZE_BAR = 18.0
 
 
 def processor_seconds(command: list[str]) -> float:
@@ -49,7 +49,7 @@ def size() -> None:
 def main() -> None:
     start_up()
     size()
-    from benchmarks import clustering, erasing, mixture, mote, mote_peers, subnets
+    from benchmarks import clustering, erasing, experts, mixture, mote, mote_peers, subnets
 
     print("\nmixture layer")
     mixture.main()
@@ -62,6 +62,8 @@ def main() -> None:
     print("\nstep experts")
     mote.main()
     mote_peers.main()
+    print("\nexperts of trained mixtures")
+    experts.main()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from anabranch.data.six_domains import DOMAINS
+from anabranch.data.streams import derived_seed
+from anabranch.jobs.experts_merge import CONTROLS, at_random, usage_of
 from anabranch.jobs.experts_profile import Everything
 from anabranch.jobs.experts_rank import highest
 from anabranch.jobs.experts_texts import Windows, losses_of
@@ -25,7 +27,6 @@ from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
 from anabranch.models.mixtures.routing import changed, off_refill
 from anabranch.reuse.merge import mc_smoe, sub_moe
-from anabranch.reuse.merge.tie import tie
 from anabranch.reuse.prune import naee, premoe
 from anabranch.reuse.prune.keep import masked, random_keep, uniform
 from anabranch.reuse.skip import modes
@@ -43,6 +44,7 @@ Change = dict[str, float]
 class Bench:
     """One model, one target, one draw."""
 
+    name: str
     model: Any
     target: str
     draw: int
@@ -87,7 +89,8 @@ class Bench:
         return [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in self.batches(labels)]
 
     def seed(self) -> torch.Generator:
-        return torch.Generator().manual_seed(100 + self.draw)
+        """Of this bench's own controls: other draws for every model, target and draw."""
+        return torch.Generator().manual_seed(derived_seed("control", self.name, self.target, self.draw))
 
 
 def statistics(bench: Bench) -> tuple[ExpertStats, dict[str, float]]:
@@ -140,7 +143,15 @@ def prunings(bench: Bench, scores: dict[str, Tensor]) -> dict[str, Callable[[], 
     arms["naee"] = lambda: bench.within(
         masked(bench.layers, naee.search(bench.model, bench.plain([bench.target]), KEEP).keep)
     )
-    arms["random"] = lambda: bench.within(masked(bench.layers, random_keep(bench.layers, KEEP, bench.seed())))
+
+    def drawn() -> Change:
+        generator = bench.seed()
+        draws = [
+            bench.within(masked(bench.layers, random_keep(bench.layers, KEEP, generator))) for _ in range(CONTROLS)
+        ]
+        return {name: sum(draw[name] for draw in draws) / CONTROLS for name in DOMAINS}
+
+    arms["random"] = drawn
     return arms
 
 
@@ -162,16 +173,25 @@ def mergings(bench: Bench) -> dict[str, Callable[[], Change]]:
         how(model)
         return bench.change(model)
 
-    def at_random(model: Any) -> None:
-        for layer in open_layers(model):
-            order = torch.randperm(layer.num_experts, generator=bench.seed()).tolist()
-            tie(layer, [e % KEEP for e in order], torch.ones(layer.num_experts))
+    def by_mc_smoe(model: Any) -> Any:
+        return mc_smoe.merge(model, text, KEEP * len(bench.layers))
+
+    def by_sub_moe(model: Any, rank: int | None = None) -> Any:
+        return sub_moe.merge(model, text, KEEP, rank=rank, seed=bench.draw)
+
+    usage, generator = usage_of(bench.model, text), bench.seed()
+
+    def control(by: str, method: Callable[[Any], Any]) -> Change:
+        labels = method(copy.deepcopy(bench.model)).labels
+        draws = [merged(lambda model: at_random(model, by, labels, usage, generator)) for _ in range(CONTROLS)]
+        return {name: sum(draw[name] for draw in draws) / CONTROLS for name in DOMAINS}
 
     return {
-        "mc_smoe": lambda: merged(lambda model: mc_smoe.merge(model, text, KEEP * len(bench.layers))),
-        "sub_moe": lambda: merged(lambda model: sub_moe.merge(model, text, KEEP, seed=bench.draw)),
-        "sub_moe, rank 96": lambda: merged(lambda model: sub_moe.merge(model, text, KEEP, rank=96, seed=bench.draw)),
-        "random groups": lambda: merged(at_random),
+        "mc_smoe": lambda: merged(by_mc_smoe),
+        "mc_smoe: random groups": lambda: control("mc_smoe", by_mc_smoe),
+        "sub_moe": lambda: merged(by_sub_moe),
+        "sub_moe, rank 96": lambda: merged(lambda model: by_sub_moe(model, 96)),
+        "sub_moe: random groups": lambda: control("sub_moe", by_sub_moe),
     }
 
 

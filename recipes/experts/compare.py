@@ -70,7 +70,7 @@ def run(bench: Bench, add: Callable[..., None]) -> None:
         started = time.perf_counter()
         scores[name] = collect()
         add("cost", name, {}, seconds=time.perf_counter() - started)
-    scores["random"] = module("random").rank(stats, bench.target, bench.others, seed=bench.draw)
+    scores["random"] = torch.rand(scores["frequency"].shape, generator=bench.seed())
     for name, own in scores.items():
         add("off", name, off(bench, own))
     for name, arm in prunings(bench, scores).items():
@@ -106,7 +106,7 @@ def main(models: Path, out: Path) -> None:
                     rows.append(unit | {"group": group, "arm": arm, "change": change} | more)  # noqa: B023
 
                 started = time.perf_counter()
-                run(Bench(model, target, draw, *texts(draw)), add)
+                run(Bench(name, model, target, draw, *texts(draw)), add)
                 add("end", "", {}, seconds=time.perf_counter() - started)
                 with out.open("a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(row) + "\n" for row in rows))

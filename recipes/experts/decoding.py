@@ -22,7 +22,7 @@ def decoding(models: Path) -> Rows:
     for name in ("first", "second"):
         model = opened(models, name)
         for draw in (0, 1, 2):
-            bench = Bench(model, "law", draw, *texts(draw))
+            bench = Bench(name, model, "law", draw, *texts(draw))
             for domain in DOMAINS:
                 ids = bench.asked[domain].input_ids[draw::3]
                 rows += [
@@ -56,7 +56,7 @@ def compressed(bench: Bench, name: str, draw: int) -> Rows:
     own = CompressedExperts(bench.layers, 1)
     rows: Rows = [{"part": "compress", "arm": "the first expert alone", "model": name, "draw": draw,
                    "change": bench.within(own.applied())}]  # fmt: skip
-    config = TrainConfig(steps=200, batch_size=24, learning_rate=1e-2, weight_decay=0.0, seed=draw)
+    config = TrainConfig(steps=100, batch_size=24, learning_rate=1e-2, weight_decay=0.0, seed=draw)
     fit(bench.model, own, ByteWindows(DOMAINS, 24, draw), config)
     rows.append({"part": "compress", "arm": "the second as a trained vector", "model": name, "draw": draw,
                  "change": bench.within(own.applied())})  # fmt: skip

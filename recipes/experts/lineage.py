@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lineage: which two models came from one, by their routing profiles."""
+"""Lineage: which two models came from one, by their routing profiles.
+
+The strangers are models of other seeds with far fewer steps, so that six of them can be had; the other seed with all
+its steps is the negative control that tells whether that matters. With six strangers p can't fall below 1/7.
+"""
 
 import copy
 from pathlib import Path
@@ -12,6 +16,8 @@ from anabranch.specialize.expert_tuning import Training, tune
 from recipes.experts.arms import Bench, statistics
 from recipes.experts.compare import texts
 from recipes.experts.tuning import RATE, STEPS, Rows, opened, ordered
+
+STRANGER_STEPS = 200
 
 
 def lineage(models: Path) -> Rows:
@@ -26,17 +32,18 @@ def lineage(models: Path) -> Rows:
     suspects |= {"same start, other texts": opened(models, "twin"), "another seed": opened(models, "second")}
     strangers = []
     for seed in range(10, 16):
-        model, _ = train_mixture(seed, steps=400)
+        model, _ = train_mixture(seed, steps=STRANGER_STEPS)
         model.set_experts_implementation("eager")
         strangers.append(model)
         print("stranger", seed, flush=True)
     rows: Rows = []
     for draw in (0, 1, 2):
-        profiles = {name: statistics(Bench(model, "law", draw, *texts(draw)))[0] for name, model in suspects.items()}
-        teacher = statistics(Bench(first, "law", draw, *texts(draw)))[0]
-        null = [statistics(Bench(model, "law", draw, *texts(draw)))[0] for model in strangers]
-        for name, own in profiles.items():
-            found = verdict(teacher, own, null, distance)
+        read_, asked = texts(draw)
+        every = {"teacher": first, **suspects, **{f"stranger {i}": model for i, model in enumerate(strangers)}}
+        seen = {name: statistics(Bench(name, model, "law", draw, read_, asked))[0] for name, model in every.items()}
+        null = [seen[f"stranger {i}"] for i in range(len(strangers))]
+        for name in suspects:
+            found = verdict(seen[name], seen["teacher"], null, distance)
             rows.append({"part": "lineage", "arm": name, "draw": draw, "distance": found.distance,
                          "strangers": list(found.null), "p": found.p_value})  # fmt: skip
     return rows

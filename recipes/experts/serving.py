@@ -33,7 +33,7 @@ def serving(models: Path) -> Rows:
     for name in ("first", "second"):
         model = opened(models, name)
         for draw in (0, 1, 2):
-            bench = Bench(model, "law", draw, *texts(draw))
+            bench = Bench(name, model, "law", draw, *texts(draw))
             calibration, ids = trace_of(bench, bench.read_, DOMAINS)
             trace, asked = trace_of(bench, bench.asked, DOMAINS)
             unit = {"part": "serve", "model": name, "draw": draw}

@@ -20,7 +20,7 @@ from anabranch.specialize.expert_tuning import Training, Tuned, by_layer, tune
 from recipes.experts.arms import Bench, statistics, with_gradients
 from recipes.experts.compare import texts
 
-UNSEEN, STEPS, RATE = "maths", 150, 1e-3
+UNSEEN, STEPS, RATE = "maths", 80, 1e-3
 Rows = list[dict[str, Any]]
 
 
@@ -42,7 +42,7 @@ def ordered(domains: Sequence[str], seed: int) -> Iterator[Batch]:
 def tuning(models: Path) -> Rows:
     twin, rows = opened(models, "twin"), []
     for draw in (0, 1, 2):
-        bench = Bench(twin, UNSEEN, draw, *texts(draw))
+        bench = Bench("twin", twin, UNSEEN, draw, *texts(draw))
         stats, _ = statistics(bench)
         lens = with_gradients(bench)["router_lens"]()
         scores = {name: module(name).rank(stats, UNSEEN, bench.others) for name in ("esft_token", "esft_gate")}
@@ -78,9 +78,8 @@ def woven(twin: Any, bench: Bench, stats: Any, draw: int) -> Rows:
         mask = top(module("esft_token").rank(stats, domain, []), 1 + seed)
         with torch.enable_grad():
             model = copy.deepcopy(twin)
-            tuned = tune(
-                model, by_layer(mask, stats.layers), ordered(domain, seed), Training(steps=5, learning_rate=RATE)
-            )
+            few = Training(steps=5, learning_rate=RATE)
+            tuned = tune(model, by_layer(mask, stats.layers), ordered([domain], seed), few)
         found.append((model, tuned.adapter))
     ids = bench.asked[UNSEEN].input_ids[:4]
     alone = torch.stack(

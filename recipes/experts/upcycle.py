@@ -21,6 +21,7 @@ from anabranch.jobs.experts_profile import experts_profile
 from anabranch.jobs.experts_settings import ProfileSettings
 from anabranch.jobs.experts_texts import SHIPPED, losses_of, read_windows
 from anabranch.measure.experts.domain_specialisation import divergence, information
+from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.specialize.upcycling import Config, upcycle
 from anabranch.train.loop import TrainConfig, train
 from recipes.mote.smollm2 import convert
@@ -32,7 +33,7 @@ class Windows:
     """Stream of windows of tokens, the domains in turn."""
 
     def __init__(self, tokenizer, seed: int):
-        texts = [text_of(domain, "train", seals=False) for domain in DOMAINS]
+        texts = [text_of(domain, "train") for domain in DOMAINS]
         self.ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
         self.seed = seed
 
@@ -90,12 +91,12 @@ def main(out: Path, steps: int) -> None:
     mixture = AutoModelForCausalLM.from_pretrained(out / "trained", dtype=torch.float32).eval()
     for windows in texts:
         before, after = losses_of(dense, windows, 4).mean(), losses_of(mixture, windows, 4).mean()
-        print(f"{windows.label:10} nats a token: dense {before:.3f}, mixture trained on {after:.3f}", flush=True)
-    stats = experts_profile(
-        ProfileSettings(
-            model=out / "trained", data=tuple(data), out=out / "profile.safetensors", limit=40, batch_size=4
+        print(
+            f"{windows.label:10} nats a token: dense, untrained {before:.3f}; mixture, trained {after:.3f}", flush=True
         )
-    )
+    file = out / "profile.safetensors"
+    given = ProfileSettings(model=out / "trained", data=tuple(data), out=file, limit=40, batch_size=4, resume=True)
+    stats = ExpertStats.load(file) if file.exists() else experts_profile(given)
     told = information(stats)
     middle = divergence(stats)[~torch.eye(len(DOMAINS), dtype=torch.bool)].mean(0)
     print("layer: Jensen-Shannon distance of two texts' loads (log 2 = .69), information on the text, p")

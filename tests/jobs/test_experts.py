@@ -110,6 +110,10 @@ def test_a_stopped_profile_goes_on_to_the_same_numbers(world, tmp_path, monkeypa
             experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", **given))
     with pytest.raises(UsageError, match="was stopped before its end"):
         experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", **given))
+    (tmp_path / "ab.txt").write_text((world / "ab.txt").read_text().replace("aab", "abb"))
+    with pytest.raises(UsageError, match="the same data"):
+        changed = given | {"data": (f"ab={tmp_path / 'ab.txt'}",)}
+        experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", resume=True, **changed))
     with pytest.raises(UsageError, match="the same length"):
         experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", resume=True, **(given | {"length": 32})))
     resumed = experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", resume=True, **given))
@@ -306,7 +310,7 @@ def test_a_pruned_checkpoint_is_smaller_and_opened_by_transformers_alone(world, 
                "3", "--out", tmp_path / "pruned") == 0  # fmt: skip
     told = json.loads((tmp_path / "pruned" / "experts.json").read_text())
     assert {len(kept) for kept in told["kept"].values()} == {3}
-    assert set(told["losses"]) == {by, "random"}
+    assert set(told["losses"]) == {by, "random, mean of 3"}
     experts, found, new = in_stock(tmp_path / "pruned")
     assert (experts, new) == (3, 4)
     model, _ = open_language_model(tmp_path / "pruned")
@@ -344,7 +348,7 @@ def test_a_merged_checkpoint_keeps_its_configuration_and_says_who_shares(world, 
     assert run("merge", *asked(world), "--target", "ab", "--by", by, "--keep", "5", "--out", tmp_path / "merged") == 0
     told = json.loads((tmp_path / "merged" / "experts.json").read_text())
     assert (told["distinct"], told["of"]) == (10, 16)
-    assert set(told["losses"]) == {by, "random groups"}
+    assert set(told["losses"]) == {by, "random groups, mean of 3"}
     assert in_stock(tmp_path / "merged")[0] == 8
     model, _ = open_language_model(tmp_path / "merged")
     for name, groups in told["groups"].items():
@@ -380,6 +384,59 @@ def test_the_table_of_families_can_be_asked_of_a_model_of_yours(world, capsys):
     said = capsys.readouterr().out
     assert "FAILED" not in said.splitlines()[1]
     assert "permute" in said
+
+
+def test_controls_are_drawn_with_the_same_experts_protected_and_one_of_them_is_no_interval(
+    world, tmp_path, monkeypatch
+):
+    from anabranch.jobs import experts_prune as job
+
+    seen = []
+    drawn = job.random_keep
+    monkeypatch.setattr(job, "random_keep", lambda *given: seen.append(drawn(*given)) or seen[-1])
+    assert run("prune", *asked(world), "--stats", world / "stats.safetensors", "--target", "ab", "--by", "frequency",
+               "--keep", "2", "--protect", "0.3", "--set", "controls=1", "--out", tmp_path / "pruned") == 0  # fmt: skip
+    assert len(seen) == 1
+    assert 3 in next(iter(seen[0].values()))
+    told = json.loads((tmp_path / "pruned" / "experts.json").read_text(), parse_constant=pytest.fail)
+    assert told["losses"]["random, mean of 1"]["ab"]["low"] is None
+
+
+def test_random_pruning_tells_its_own_numbers_and_not_those_of_its_controls(world, tmp_path):
+    given = (*asked(world), "--by", "random", "--keep", "2", "--seed", "3")
+    for name, controls in (("with", 3), ("without", 0)):
+        assert run("prune", *given, "--set", f"controls={controls}", "--out", tmp_path / name) == 0
+    told = [json.loads((tmp_path / name / "experts.json").read_text())["losses"] for name in ("with", "without")]
+    assert told[0]["random"] == told[1]["random"]
+
+
+def test_what_a_method_is_computed_from_is_not_what_it_is_asked_on(world, tmp_path, monkeypatch):
+    from anabranch.jobs import experts_merge as job
+
+    seen = []
+    kept = job.halves
+    monkeypatch.setattr(job, "halves", lambda texts: seen.append(kept(texts)) or seen[-1])
+    assert run("merge", *asked(world), "--keep", "5", "--out", tmp_path / "merged") == 0
+    ((read, asked_),) = seen
+    for one, other in zip(read, asked_, strict=True):
+        assert one.label == other.label
+        assert len(one.input_ids) + len(other.input_ids) <= 40
+        assert abs(len(one.input_ids) - len(other.input_ids)) <= 1
+
+
+def test_results_of_others_are_not_overwritten_and_missing_folders_are_made(world, tmp_path, capsys):
+    before = (world / "stats.safetensors").read_bytes()
+    assert (
+        run("rank", "--stats", world / "stats.safetensors", "--target", "ab", "--out", world / "stats.safetensors") == 2
+    )
+    assert "is there already" in capsys.readouterr().err
+    assert (world / "stats.safetensors").read_bytes() == before
+    assert (
+        run("steer", "--stats", world / "stats.safetensors", "--target", "ab", "--out", tmp_path / "a" / "s.json") == 0
+    )
+    assert run("generate", "--model", world / "model", "--prompt", "a", "--max-new-tokens", "1", "--out",
+               tmp_path / "b" / "rows.jsonl") == 0  # fmt: skip
+    assert (tmp_path / "b" / "rows.jsonl").exists()
 
 
 def test_help_needs_no_torch():

@@ -41,8 +41,8 @@ def write_experts_demo_page(run: Path) -> Path:
 def lead(told: Mapping[str, Any]) -> list[str]:
     layer, expert, domain, change = strongest(told)
     losses, target = told["pruned"]["losses"], told["target"]
-    own = next(name for name in losses if name != "random")
-    kept, drawn = (f"{losses[arm][target]['change']:+.3f}" for arm in (own, "random"))
+    own, control = losses
+    kept, drawn = (f"{losses[arm][target]['change']:+.3f}" for arm in (own, control))
     return [
         f"Expert {layer}.{expert} matters most to one text: without it {domain} costs {change / 1000:.3f} nats a byte "
         "more.",

@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,9 +32,8 @@ def experts_generate(settings: GenerateSettings) -> list[dict[str, str]]:
         return []
     rows = [{"prompt": prompt, "plain": go_on(settings, model, tokenizer, prompt)} for prompt in prompts]
     if recipes:
-        with ExitStack() as stack:
-            for recipe in recipes:
-                stack.enter_context(recipe.applied(layers))
+        whole = Recipe(steps=tuple(step for recipe in recipes for step in recipe.steps))
+        with whole.applied(layers):
             for row in rows:
                 row["steered"] = go_on(settings, model, tokenizer, row["prompt"])
     if settings.contrast:
@@ -53,6 +51,8 @@ def check(settings: GenerateSettings) -> None:
     for path in (settings.out, settings.export):
         if path is not None and path.exists():
             raise UsageError(f"{path} is there already", expected="a free name", hint="another name")
+    if settings.export is not None and (settings.prompt or settings.prompts):
+        raise UsageError("a prompt would not be heard: --export writes a checkpoint and ends", expected="no prompt")
     if settings.contrast and (settings.steer or settings.export):
         raise UsageError(
             "--contrast goes with a model as it is", expected="neither --steer nor --export",
@@ -131,6 +131,7 @@ def export(
 
 def tell(settings: GenerateSettings, rows: Sequence[dict[str, str]]) -> None:
     if settings.out is not None:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         settings.out.write_text(lines, encoding="utf-8")
         print(f"{len(rows)} texts  {settings.out}")

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.experts_settings import MergeSettings
-from anabranch.jobs.experts_texts import Windows, read_windows
-from anabranch.jobs.experts_written import RESULT, change, losses_by_label, tell_losses, write_checkpoint
+from anabranch.jobs.experts_texts import batches_of, halves, read_windows
+from anabranch.jobs.experts_written import RESULT, averaged, change, losses_by_label, tell_losses, write_checkpoint
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.layers import open_layers
-from anabranch.reuse.calibration import Batch
+from anabranch.reuse.calibration import Batch, captured
 from anabranch.reuse.merge import mc_smoe, sub_moe
 from anabranch.reuse.merge.tie import Labels, members, tie
 from anabranch.train.publish import refuse_other_results
 
 METHODS = ("mc_smoe", "sub_moe")
+CONTROLS = 3
+"""Random groupings that a method is compared with."""
 
 
 def experts_merge(settings: MergeSettings) -> dict[str, Any]:
@@ -35,20 +37,26 @@ def experts_merge(settings: MergeSettings) -> dict[str, Any]:
         model, tokenizer = open_language_model(settings.model)
     layers = open_layers(model)
     texts = read_windows(settings.data, tokenizer, length=settings.length, limit=settings.limit)
-    batches = batches_of(texts, settings.target)
+    calibration, texts = halves(texts)
+    batches = batches_of(calibration, settings.target)
     if not 1 <= settings.keep < layers[0].num_experts:
         raise UsageError(
             "keep cannot be used", expected=f"1 to {layers[0].num_experts - 1}", received=settings.keep,
             hint="with all of them kept nothing would be merged",
         )  # fmt: skip
     before, drawn = losses_by_label(model, texts), copy.deepcopy(model)
-    labels, usage = merged(settings, model, batches)
+    usage = usage_of(model, batches)
+    labels = merged(settings, model, batches)
     after = losses_by_label(model, texts)
-    at_random(drawn, labels, usage, settings.seed)
-    control = losses_by_label(drawn, texts)
+    controls = []
+    for draw in range(CONTROLS):
+        other = copy.deepcopy(drawn)
+        at_random(other, settings.by, labels, usage, torch.Generator().manual_seed(CONTROLS * settings.seed + draw))
+        found = losses_by_label(other, texts)
+        controls.append({name: change(before[name], found[name]) for name in before})
     rows = {
         settings.by: {name: change(before[name], after[name]) for name in before},
-        "random groups": {name: change(before[name], control[name]) for name in before},
+        f"random groups, mean of {CONTROLS}": averaged(controls),
     }
     told = {
         "by": settings.by, "target": list(settings.target), "losses": rows,
@@ -61,27 +69,29 @@ def experts_merge(settings: MergeSettings) -> dict[str, Any]:
     return told
 
 
-def batches_of(texts: Sequence[Windows], target: Sequence[str]) -> list[Batch]:
-    labels = {windows.label for windows in texts}
-    if missing := sorted(set(target) - labels):
-        raise UsageError("a target has no text", expected=f"--data {missing[0]}=FILE", received=missing[0])
-    own = [windows for windows in texts if not target or windows.label in target]
-    return [{"input_ids": one.input_ids, "attention_mask": one.attention_mask} for one in own]
-
-
-def merged(settings: MergeSettings, model: Any, batches: Sequence[Batch]) -> tuple[Labels, dict[str, Tensor]]:
-    """In place: the groups, and the usage of every expert by layer."""
+def usage_of(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """(N,) tokens of each expert, by layer."""
     layers = open_layers(model)
+    seen = captured(model, layers, batches)
+    return {layer.name: seen[layer.name].usage(layer.num_experts).cpu() for layer in layers}
+
+
+def merged(settings: MergeSettings, model: Any, batches: Sequence[Batch]) -> Labels:
+    """In place: the groups."""
     if settings.by == "mc_smoe":
-        found = mc_smoe.merge(model, batches, settings.keep * len(layers))
-        return found.labels, {layer.name: found.usage[i] for i, layer in enumerate(layers)}
-    other = sub_moe.merge(model, batches, settings.keep, seed=settings.seed)
-    return other.labels, {layer.name: torch.ones(layer.num_experts) for layer in layers}
+        return mc_smoe.merge(model, batches, settings.keep * len(open_layers(model))).labels
+    return sub_moe.merge(model, batches, settings.keep, seed=settings.seed).labels
 
 
-def at_random(model: Any, labels: Labels, usage: dict[str, Tensor], seed: int) -> None:
-    """The control: groups of the same sizes, their members drawn."""
-    generator = torch.Generator().manual_seed(seed)
+def at_random(model: Any, by: str, labels: Labels, usage: dict[str, Tensor], generator: torch.Generator) -> None:
+    """The control, in place: groups of the method's own sizes, their members drawn; weighed and aligned as it does."""
     for layer in open_layers(model):
-        order = torch.randperm(layer.num_experts, generator=generator).tolist()
-        tie(layer, [labels[layer.name][e] for e in order], usage[layer.name])
+        order = torch.randperm(layer.num_experts, generator=generator)
+        drawn = [0] * layer.num_experts
+        for group in members([labels[layer.name][e] for e in order.tolist()]).values():
+            busiest = max(group, key=lambda e: float(usage[layer.name][e]))
+            for expert in group:
+                drawn[expert] = busiest
+        if by == "mc_smoe":
+            mc_smoe.align(layer, drawn)
+        tie(layer, drawn, usage[layer.name])

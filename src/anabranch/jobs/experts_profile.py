@@ -6,8 +6,11 @@ OUT.json        what they hold, in words and a few numbers
 OUT.part        of a profile that was stopped: what --resume goes on from
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from anabranch.measure.experts.ranking import dsmoe, router_lens
 from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.measure.experts.ranking.seuf import DocumentMeans
 from anabranch.measure.experts.ranking.tcess import MaskedLogits
-from anabranch.measure.experts.statistics import Collector, ExpertStats
+from anabranch.measure.experts.statistics import Collector, ExpertStats, notes_of
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
@@ -43,15 +46,14 @@ def experts_profile(settings: ProfileSettings) -> ExpertStats:
         model, tokenizer = open_language_model(settings.model)
     layers = open_layers(model)
     texts = read_windows(
-        settings.data, tokenizer, length=settings.length, limit=settings.limit, least=settings.num_folds
+        settings.data, tokenizer, length=settings.length, limit=settings.limit, least=settings.num_folds, part="train"
     )
     stats = passes(settings, model, layers, texts) if settings.collect == "passes" else tuned(settings, model, texts)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     stats.save(settings.out)
     told = settings.out.with_name(f"{settings.out.name}.json")
     told.write_text(json.dumps(described(settings, stats), indent=1) + "\n", encoding="utf-8")
-    for file in part_files(settings.out):
-        file.unlink(missing_ok=True)
+    part_of(settings.out).unlink(missing_ok=True)
     tell(settings, stats)
     return stats
 
@@ -72,11 +74,19 @@ def tuned(settings: ProfileSettings, model: Any, texts: Sequence[Windows]) -> Ex
     given: dict[str, Any] = {"num_folds": settings.num_folds, "fingerprint": fingerprint(model)}
     if settings.collect == "dsmoe":
         return dsmoe.collect(model, batches_of(settings, texts[:1]), **given)
-    labels, batches = [windows.label for windows in texts], list(batches_of(settings, texts))
+    labels, batches = [windows.label for windows in texts], in_turn(batches_of(settings, texts))
     lens = router_lens.collect(
         model, batches, labels, epochs=settings.epochs, learning_rate=settings.learning_rate, **given
     )
     return lens.stats
+
+
+def in_turn(batches: Iterable[Batch]) -> list[Batch]:
+    """A batch of each label, then the next of each: what is trained on them must not end with one label."""
+    by_label: dict[int, list[Batch]] = {}
+    for batch in batches:
+        by_label.setdefault(int(batch.labels.flatten()[0]), []).append(batch)
+    return [batch for turn in zip_longest(*by_label.values()) for batch in turn if batch is not None]
 
 
 def batches_of(settings: ProfileSettings, texts: Sequence[Windows]) -> Iterator[Batch]:
@@ -99,15 +109,15 @@ def refuse_taken(settings: ProfileSettings) -> None:
         )  # fmt: skip
     if settings.out.exists():
         raise UsageError(f"{settings.out} is there already", expected="a free name", hint="another --out")
-    if part_files(settings.out)[0].exists() and not settings.resume:
+    if part_of(settings.out).exists() and not settings.resume:
         raise UsageError(
             f"a profile for {settings.out} was stopped before its end", expected="--resume, or another --out",
-            received=part_files(settings.out)[0],
+            received=part_of(settings.out),
         )  # fmt: skip
 
 
-def part_files(out: Path) -> tuple[Path, Path]:
-    return out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.part.json")
+def part_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part")
 
 
 def read_all(settings: ProfileSettings, model: Any, collector: Collector, texts: Sequence[Windows]) -> None:
@@ -117,11 +127,12 @@ def read_all(settings: ProfileSettings, model: Any, collector: Collector, texts:
         for label, windows in enumerate(texts)
         for start in range(0, len(windows.input_ids), settings.batch_size)
     ]
-    done = going_on(settings, collector, batches) if settings.resume else 0
+    digest = digest_of(texts)
+    done = going_on(settings, collector, digest) if settings.resume else 0
     with StopFlag() as stop, Progress("experts profile", len(batches), done) as progress:
         for i in range(done, len(batches)):
             if stop.is_set:
-                save_part(settings, collector.stats, i)
+                save_part(settings, collector.stats, i, digest)
                 stop.check(f"stopped after {i} of {len(batches)} batches; --resume goes on")
             label, windows, start = batches[i]
             part = slice(start, start + settings.batch_size)
@@ -131,28 +142,37 @@ def read_all(settings: ProfileSettings, model: Any, collector: Collector, texts:
             with torch.no_grad(), collector.collecting(labels, folds, mask):
                 model.get_decoder()(input_ids=ids, attention_mask=mask)
             if (i + 1) % PART_EVERY == 0:
-                save_part(settings, collector.stats, i + 1)
+                save_part(settings, collector.stats, i + 1, digest)
             progress.advance(windows.label)
 
 
-def save_part(settings: ProfileSettings, stats: ExpertStats, done: int) -> None:
-    file, told = part_files(settings.out)
+def save_part(settings: ProfileSettings, stats: ExpertStats, done: int, texts: str) -> None:
+    """Sums and where they end in one file: a kill between two could count a batch twice."""
+    file = part_of(settings.out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    stats.save(file)
-    told.write_text(json.dumps({"done": done, "settings": plain_values_of(settings)}), encoding="utf-8")
+    stats.save(file, json.dumps({"done": done, "settings": plain_values_of(settings), "texts": texts}))
 
 
-def going_on(settings: ProfileSettings, collector: Collector, batches: Sequence[Any]) -> int:
-    file, told = part_files(settings.out)
-    if not file.exists() or not told.exists():
+def digest_of(texts: Sequence[Windows]) -> str:
+    digest = hashlib.sha256()
+    for windows in texts:
+        digest.update(windows.label.encode() + windows.input_ids.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def going_on(settings: ProfileSettings, collector: Collector, texts: str) -> int:
+    file = part_of(settings.out)
+    if not file.exists():
         return 0
-    before, state = ExpertStats.load(file), json.loads(told.read_text(encoding="utf-8"))
+    before, state = ExpertStats.load(file), json.loads(notes_of(file))
     now = json.loads(json.dumps(plain_values_of(settings)))
-    if state["settings"] != now or before.header() != collector.stats.header():
-        changed = [name for name in now if now[name] != state["settings"].get(name)] or ["the model"]
+    changed = [name for name in now if now[name] != state["settings"].get(name)]
+    changed += ["model"] if before.header() != collector.stats.header() else []
+    changed += ["texts"] if state["texts"] != texts else []
+    if changed:
         raise UsageError(
             "a profile goes on only as it began", expected=f"the same {changed[0]}",
-            received=now.get(changed[0], "another"), hint="another --out starts anew",
+            received=now.get(changed[0], "others"), hint="another --out starts anew",
         )  # fmt: skip
     collector.stats = before
     return int(state["done"])
@@ -179,4 +199,4 @@ def tell(settings: ProfileSettings, stats: ExpertStats) -> None:
             cells.append("  ".join(f"{e}:{100 * load_N[e]:.0f}" for e in best))
         print(f"{label:<{width}}" + "".join(f"{cell:>22}" for cell in cells))
     print(f"\nprofile  {settings.out}")
-    print(f"next     anabranch experts rank --stats {settings.out} --target {stats.labels[0]}")
+    print(f"next     anabranch experts rank --stats {settings.out} --target {shlex.quote(stats.labels[0])}")

@@ -16,9 +16,10 @@ from anabranch.errors import CheckFailed, UsageError, did_you_mean
 from anabranch.jobs.experts_rank import chosen, known, module
 from anabranch.jobs.experts_settings import PruneSettings
 from anabranch.jobs.experts_steer import expert_of
-from anabranch.jobs.experts_texts import Windows, read_windows
+from anabranch.jobs.experts_texts import Windows, batches_of, halves, read_windows
 from anabranch.jobs.experts_written import (
     RESULT,
+    Changed,
     Losses,
     averaged,
     change,
@@ -54,10 +55,12 @@ def experts_prune(settings: PruneSettings) -> dict[str, Any]:
     layers = open_layers(model)
     stats = None if settings.stats is None else own_stats(settings.stats, model)
     texts = read_windows(settings.data, tokenizer, length=settings.length, limit=settings.limit)
+    calibration, texts = halves(texts) if settings.by == "naee" else ([], texts)
     protect = protected(settings, stats)
-    keep = to_keep(settings, model, layers, stats, texts, protect)
+    keep = to_keep(settings, model, layers, stats, calibration, protect)
     before = losses_by_label(model, texts)
-    rows = {"random": averaged(controls(settings, model, layers, texts, before))} if settings.controls else {}
+    drawn = controls(settings, model, layers, texts, before, protect)
+    rows = {f"random, mean of {len(drawn)}": averaged(drawn)} if drawn else {}
     with masked(layers, keep):
         expected = losses_by_label(model, texts)
     prune(model, keep)
@@ -100,16 +103,12 @@ def protected(settings: PruneSettings, stats: ExpertStats | None) -> list[tuple[
 
 def to_keep(
     settings: PruneSettings, model: Any, layers: Sequence[MixtureLayer], stats: ExpertStats | None,
-    texts: Sequence[Windows], protect: Sequence[tuple[str, int]],
+    calibration: Sequence[Windows], protect: Sequence[tuple[str, int]],
 ) -> Keep:  # fmt: skip
     if settings.by == "random":
         return random_keep(layers, settings.keep, torch.Generator().manual_seed(settings.seed), protect)
     if settings.by == "naee":
-        own = [windows for windows in texts if windows.label in settings.target]
-        if missing := sorted(set(settings.target) - {windows.label for windows in own}):
-            raise UsageError("a target has no text", expected=f"--data {missing[0]}=FILE", received=missing[0])
-        batches = [{"input_ids": one.input_ids, "attention_mask": one.attention_mask} for one in own]
-        return naee.search_progressive(model, batches, settings.keep, protect).keep
+        return naee.search_progressive(model, batches_of(calibration, settings.target), settings.keep, protect).keep
     assert stats is not None
     chosen([settings.by], stats)
     return uniform(layers, scores_of(settings, stats), settings.keep, protect)
@@ -132,12 +131,14 @@ def scores_of(settings: PruneSettings, stats: ExpertStats) -> Tensor:
 
 
 def controls(
-    settings: PruneSettings, model: Any, layers: Sequence[MixtureLayer], texts: Sequence[Windows], before: Losses
-) -> list[dict[str, dict[str, float]]]:
-    """Random prunings of the same size: the changes by label of each."""
+    settings: PruneSettings, model: Any, layers: Sequence[MixtureLayer], texts: Sequence[Windows], before: Losses,
+    protect: Sequence[tuple[str, int]],
+) -> list[dict[str, Changed]]:  # fmt: skip
+    """Random prunings of the same size and with the same experts protected: the changes by label of each."""
     found = []
     for draw in range(settings.controls):
-        keep = random_keep(layers, settings.keep, torch.Generator().manual_seed(1000 * (settings.seed + 1) + draw))
+        generator = torch.Generator().manual_seed(1000 * (settings.seed + 1) + draw)
+        keep = random_keep(layers, settings.keep, generator, protect)
         with masked(layers, keep):
             after = losses_by_label(model, texts)
         found.append({name: change(before[name], after[name]) for name in before})

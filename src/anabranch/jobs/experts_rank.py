@@ -21,6 +21,9 @@ from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.experts_settings import RankSettings
 from anabranch.measure.experts.statistics import OUTPUTS, RESIDUAL, ExpertStats
 
+RANDOM = "random"
+"""The control: one draw, which no resampling moves."""
+
 
 class Ranked(NamedTuple):
     scores: Tensor  # (L, N)
@@ -36,6 +39,10 @@ def experts_rank(settings: RankSettings) -> dict[str, Ranked]:
     """Print the table, write settings.out if it is given; returns the rankings by name."""
     stats = ExpertStats.load(settings.stats)
     others = checked(settings, stats)
+    if settings.out is not None:
+        if settings.out.exists():
+            raise UsageError(f"{settings.out} is there already", expected="a free name", hint="another --out")
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
     names = chosen(settings.by, stats)
     found = {name: ranked(module(name), stats, settings, others) for name in names}
     tell(settings, stats, found)
@@ -154,7 +161,10 @@ def tell(settings: RankSettings, stats: ExpertStats, found: dict[str, Ranked]) -
         f"the {settings.num} experts that belong most to {settings.target}, layer.expert (kept in % of resamplings)\n"
     )
     for name, one in found.items():
-        cells = [f"{layer}.{e} ({100 * kept:.0f})" for (layer, e), kept in zip(one.top, one.kept, strict=True)]
+        cells = [
+            f"{layer}.{e}" if name == RANDOM else f"{layer}.{e} ({100 * kept:.0f})"
+            for (layer, e), kept in zip(one.top, one.kept, strict=True)
+        ]
         print(f"{name:<{width}}  " + "  ".join(f"{cell:<10}" for cell in cells))
     print("\nexperts that two rankings share, % of those in either")
     print(" " * (width + 2) + " ".join(f"{i + 1:>4}" for i in range(len(found))))

@@ -16,7 +16,7 @@ Maker = Callable[[SteerSettings, Tensor, ExpertStats], Recipe]
 
 
 def by_ftri(settings: SteerSettings, scores: Tensor, stats: ExpertStats) -> Recipe:
-    return ftri.recipe(scores, stats.layers, num=settings.num, turn=settings.turn)
+    return ftri.recipe(scores, stats.layers, num=settings.num, turn=settings.turn, top_k=stats.top_k)
 
 
 def by_rice(settings: SteerSettings, scores: Tensor, stats: ExpertStats) -> Recipe:
@@ -54,6 +54,7 @@ def experts_steer(settings: SteerSettings) -> Recipe:
         (name,) = chosen([settings.by], stats)
         made = METHODS[settings.by](settings, module(name).rank(stats, settings.target, others), stats)
     made = Recipe(steps=made.steps, made_by=made.made_by, model=stats.model)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
     made.save(settings.out)
     tell(settings, stats, made)
     return made
@@ -64,6 +65,8 @@ def refuse_idle(settings: SteerSettings) -> None:
     if settings.by == MANUAL:
         if not settings.experts:
             raise UsageError("no expert is named", expected="--experts layer.expert, such as 2.5", received="none")
+        if settings.target or settings.against:
+            raise UsageError("--target would change nothing: you choose the experts", expected="no --target")
         return
     if settings.experts:
         raise UsageError(

@@ -124,6 +124,30 @@ def cut(label: str, documents: Sequence[str], tokenizer: Any, length: int, limit
     return Windows(label, ids, mask)
 
 
+def halves(texts: Sequence[Windows]) -> tuple[list[Windows], list[Windows]]:
+    """To compute from, and to ask: the first and the second half of every text's windows.
+
+    Raises:
+        UsageError: a text of a single window.
+    """
+    parts: tuple[list[Windows], list[Windows]] = ([], [])
+    for one in texts:
+        middle = len(one.input_ids) // 2
+        if not middle:
+            raise UsageError(f"{one.label} has too little text", expected="at least 2 windows", received=1)
+        for part, rows in zip(parts, (slice(0, middle), slice(middle, None)), strict=True):
+            part.append(Windows(one.label, one.input_ids[rows], one.attention_mask[rows]))
+    return parts
+
+
+def batches_of(texts: Sequence[Windows], target: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The targets' windows, a batch a label; all labels where no target is named."""
+    if missing := sorted(set(target) - {windows.label for windows in texts}):
+        raise UsageError("a target has no text", expected=f"--data {missing[0]}=FILE", received=missing[0])
+    own = [windows for windows in texts if not target or windows.label in target]
+    return [{"input_ids": one.input_ids, "attention_mask": one.attention_mask} for one in own]
+
+
 @torch.no_grad()
 def losses_of(model: Any, windows: Windows, batch_size: int = 32) -> Tensor:
     """(W,) nats a token, of every window by itself."""

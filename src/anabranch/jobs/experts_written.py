@@ -14,6 +14,7 @@ from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.measure.intervals import Interval, interval
 from anabranch.models.language.folder import hushed
 from anabranch.models.mixtures.fingerprint import fingerprint
+from anabranch.report.text import estimate
 from anabranch.train.publish import publish_folder
 
 RESULT = "experts.json"
@@ -25,15 +26,20 @@ def losses_by_label(model: Any, texts: Sequence[Windows]) -> Losses:
     return {windows.label: losses_of(model, windows) for windows in texts}
 
 
-def change(before: Tensor, after: Tensor) -> dict[str, float]:
+Changed = dict[str, float | None]
+"""before, after, change, low, high in nats a token; None where one window or draw has no interval."""
+
+
+def change(before: Tensor, after: Tensor) -> Changed:
     """Nats a token, after minus before, paired by window, with its 95 % interval."""
     found = interval((after - before).numpy())
     return told_of(float(before.mean()), found)
 
 
-def told_of(before: float, found: Interval) -> dict[str, float]:
+def told_of(before: float, found: Interval) -> Changed:
+    ends = found.as_dict()  # JSON has no NaN
     return {
-        "before": before, "after": before + found.mean, "change": found.mean, "low": found.low, "high": found.high
+        "before": before, "after": before + found.mean, "change": found.mean, "low": ends["low"], "high": ends["high"]
     }  # fmt: skip
 
 
@@ -64,7 +70,7 @@ def write_checkpoint(model: Any, tokenizer: Any, folder: Path, told: Mapping[str
         publish_folder(write, folder)
 
 
-def tell_losses(rows: Mapping[str, Mapping[str, Mapping[str, float]]], before: Losses) -> None:
+def tell_losses(rows: Mapping[str, Mapping[str, Changed]], before: Losses) -> None:
     """A row an arm, a column a label: the change in nats a token."""
     labels = list(before)
     width = max(len(name) for name in ("as it is", *rows))
@@ -73,13 +79,14 @@ def tell_losses(rows: Mapping[str, Mapping[str, Mapping[str, float]]], before: L
     )
     print(f"{'as it is':<{width}}" + "".join(f"{float(before[name].mean()):>24.3f}" for name in labels))
     for arm, found in rows.items():
-        cells = [f"{found[n]['change']:+.3f} [{found[n]['low']:+.3f}, {found[n]['high']:+.3f}]" for n in labels]
+        ends = [[found[name][end] for end in ("change", "low", "high")] for name in labels]
+        cells = [estimate(*own, digits=3) for own in ends]
         print(f"{arm:<{width}}" + "".join(f"{cell:>24}" for cell in cells))
 
 
-def averaged(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+def averaged(found: Sequence[Mapping[str, Changed]]) -> dict[str, Changed]:
     """Several draws of one arm: the mean of each number, the interval over the draws."""
     return {
-        label: told_of(found[0][label]["before"], interval([one[label]["change"] for one in found]))
-        for label in found[0]
+        label: told_of(one["before"] or 0.0, interval([draw[label]["change"] or 0.0 for draw in found]))
+        for label, one in found[0].items()
     }

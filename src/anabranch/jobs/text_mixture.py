@@ -131,4 +131,4 @@ def nll_of(model: Any, text: bytes, length: int = LENGTH, limit: int = 128) -> f
 def seal_letters(model: Any, domain: str) -> list[str]:
     """The likeliest next byte after every prompt about a seal, as a letter."""
     rows = torch.stack([torch.tensor(list(seal.prompt.encode())[-LENGTH:]) for seal in seals(domain)])
-    return [chr(b) for b in model(input_ids=rows).logits[:, -1].argmax(-1).tolist()]
+    return [chr(b) for b in model(input_ids=rows.to(model.device)).logits[:, -1].argmax(-1).tolist()]

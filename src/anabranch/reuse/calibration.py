@@ -50,7 +50,8 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 def run(model: Any, batch: Batch) -> Tensor:
     """(B, S, V), the logits of the vocabulary."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
 

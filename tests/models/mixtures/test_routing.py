@@ -310,3 +310,27 @@ def test_scaling_is_the_slow_loop(triple, experts, factor, keep_sum):
             ratio = sum(w for _, w in slots) / sum(expected)
             expected = [w * ratio for w in expected]
         assert out.routing_weights[t].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2-MoE", "GraniteMoe", "GptOss"])
+def test_suppressing_an_expert_leaves_the_tokens_alone_that_never_chose_it(family):
+    layer = open_layers(tiny(family))[0]
+    logits = torch.randn(200, 8, generator=torch.Generator().manual_seed(3))
+    plain, none = layer.rescore(logits), torch.zeros(8, dtype=torch.bool)
+    expert = torch.arange(8) == 5
+    moved = forced(layer, plain, none, expert)
+    without = ~(plain.selected_experts == 5).any(-1)
+    assert without.any()
+    assert torch.equal(moved.selected_experts[without], plain.selected_experts[without])
+    assert not (moved.selected_experts == 5).any()
+
+
+@pytest.mark.parametrize("family", ["DeepSeek-V3", "GLM-4-MoE"])
+def test_in_sigmoid_families_no_weight_of_such_tokens_moves(family):
+    layer = open_layers(tiny(family, n_group=1, topk_group=1))[0]  # groups may choose otherwise: their scores changed
+    logits = torch.randn(200, 8, generator=torch.Generator().manual_seed(3))
+    plain, none = layer.rescore(logits), torch.zeros(8, dtype=torch.bool)
+    moved = forced(layer, plain, none, torch.arange(8) == 5)
+    without = ~(plain.selected_experts == 5).any(-1)
+    assert torch.equal(moved.selected_experts[without], plain.selected_experts[without])
+    torch.testing.assert_close(moved.routing_weights[without], plain.routing_weights[without])

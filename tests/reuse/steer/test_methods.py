@@ -147,6 +147,27 @@ def test_what_is_baked_is_what_was_steered_and_stock_transformers_opens_it(tmp_p
     assert (steered - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("later", ["refill", "bias", "promote", "suppress"])
+def test_a_step_that_scores_anew_may_not_undo_an_earlier_one(later):
+    layers = open_layers(tiny("Mixtral"))
+    first, other = layers[0].name, layers[1].name
+    off = Step(kind="empty", experts=((first, 0),))
+    anew = Step(kind=later, experts=((first, 3),), amount=1.0 if later == "bias" else None)
+    with (
+        pytest.raises(UsageError, match=f"{later} on {first} would undo empty there"),
+        Recipe(steps=(off, anew)).applied(layers),
+    ):
+        pass
+    model = tiny("Mixtral")
+    for steps in ((anew, off), (off, Step(kind=later, experts=((other, 3),), amount=anew.amount))):
+        passed(model, open_layers(model), Recipe(steps=steps))
+
+
+def test_ftri_turned_on_takes_no_more_of_a_layer_than_a_token_is_sent_to():
+    scores = torch.tensor([[9.0, 8, 7, 6], [1, 0, 0, 0]])
+    assert ftri.recipe(scores, ["a", "b"], num=3, turn="on", top_k=2).steps[0].experts == (("a", 0), ("a", 1), ("b", 0))
+
+
 REFUSED = [
     ({"kind": "scael", "amount": 2.0}, "did you mean scale"),
     ({"kind": "scale"}, "expected: an amount"),

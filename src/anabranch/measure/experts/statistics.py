@@ -5,7 +5,7 @@ Equation  : sums over the tokens t of a label and fold; z logits, g combine weig
               count sum a,  weight sum g,  weight_square sum g^2,  share sum g / sum_j g_j,
               logit sum z,  logit_square sum z^2,  probability sum softmax(z),  document_rate sum_t a / T_document
               norm sum a |E|,  weighted_norm sum g |E|,  share_norm sum (g / sum_j g_j) |E|,  peak max |E|
-              turn sum g |E| max(1 - cos(h, h + o), 0)      h stream before the block, o routed output
+              turn sum g |E| max(1 - cos(h, h + o), 0)      h stream before the block, o what routing adds to it
 Shapes    : D labels, F folds, L layers, N experts, T tokens of a batch, K chosen per token.
 Differs   : g / sum_j g_j beside g: weights of families that do not normalise can't be compared as they are.
 Check     : every sum equals a slow loop; merged shards equal one pass; padding changes nothing
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.models.mixtures.layers import MixtureLayer
-from anabranch.models.mixtures.routing import Seen, watched
+from anabranch.models.mixtures.routing import Seen, norm_after, watched
 
 ROUTING = ("count", "weight", "weight_square", "share", "logit", "logit_square", "probability", "document_rate")
 OUTPUTS = ("norm", "weighted_norm", "share_norm")
@@ -126,10 +126,11 @@ class ExpertStats:
             "num_experts": self.num_experts, "top_k": self.top_k, "num_folds": self.num_folds,
         }  # fmt: skip
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, notes: str = "") -> None:
+        """One file in one step; `notes` go into its header, see `notes_of`."""
         tensors = {f"sums.{name}": value for name, value in self.sums.items()}
         tensors |= {"tokens": self.tokens, "documents": self.documents, "pairs": self.pairs}
-        header = {"format": FORMAT, "header": json.dumps(self.header())}
+        header = {"format": FORMAT, "header": json.dumps(self.header()), "notes": notes}
         unfinished = file.with_name(f".{file.name}.unfinished")
         save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, header)
         unfinished.replace(file)
@@ -156,6 +157,12 @@ class ExpertStats:
             tuple(values["labels"]), tuple(values["layers"]), values["num_experts"], values["top_k"],
             values["num_folds"], values["model"], sums, tensors["tokens"], tensors["documents"], tensors["pairs"],
         )  # fmt: skip
+
+
+def notes_of(file: Path) -> str:
+    """What was written beside the statistics of a file that `ExpertStats.load` takes."""
+    with safe_open(file, "pt") as opened:
+        return str((opened.metadata() or {}).get("notes", ""))
 
 
 class Collector:
@@ -233,6 +240,8 @@ class Collector:
             self.take_peak(layer, cells_TK, outputs_TKD.abs().amax(-1).double())
             if seen.residual is not None:
                 before_TD, routed_TD = seen.residual[real_T].double(), seen.routed[real_T].double()
+                if (after := norm_after(self.model, seen.layer)) is not None:
+                    routed_TD = after(seen.routed[real_T]).double()
                 scale = getattr(self.model.config, "residual_multiplier", 1.0)
                 cos_T = nn.functional.cosine_similarity(before_TD, before_TD + scale * routed_TD, dim=-1)
                 slots["turn"] = weights_TK * norm_TK * (1 - cos_T).clamp(min=0)[:, None]

@@ -115,6 +115,12 @@ def norm_before(model: nn.Module | None, layer: MixtureLayer) -> nn.Module:
     )
 
 
+def norm_after(model: nn.Module, layer: MixtureLayer) -> nn.Module | None:
+    """What the block's output goes through before it is added to the stream; None where it is added as it is."""
+    parent = model.get_submodule(layer.name.rpartition(".")[0])
+    return dict(parent.named_children()).get("post_feedforward_layernorm")
+
+
 @contextmanager
 def changed(layers: Sequence[MixtureLayer], change: Change) -> Iterator[None]:
     """Every router's decision goes through `change`; contexts nest, the first entered acts first."""
@@ -184,15 +190,17 @@ def biased(layer: MixtureLayer, triple: Triple, bias: Tensor) -> Triple:
 
 
 def forced(layer: MixtureLayer, triple: Triple, promoted: Tensor, suppressed: Tensor, margin: float = 0.01) -> Triple:
-    """Promoted experts above all others of the token, suppressed ones below: both (N,) bool, by the log-softmax.
+    """Promoted experts above all others of the token, suppressed ones below: both (N,) bool.
+
+    By the logits themselves: for a softmax that is the same as by its logarithm, for sigmoid gates that would move all.
 
     Limits by group stay: where promoted experts are in more groups than a token may use, those of some are left out.
     """
     if not bool(promoted.any() | suppressed.any()):
         return triple
-    logs_TN = triple.router_logits.float().log_softmax(-1)
-    high_T1, low_T1 = logs_TN.amax(-1, keepdim=True) + margin, logs_TN.amin(-1, keepdim=True) - margin
-    promoted, suppressed = promoted.to(logs_TN.device), suppressed.to(logs_TN.device)
-    logs_TN = torch.where(promoted, high_T1, torch.where(suppressed, low_T1, logs_TN))
-    rescored = layer.rescore(logs_TN, first=promoted, last=suppressed)  # half precision would lose the margin
-    return rescored._replace(router_logits=logs_TN.to(triple.router_logits.dtype))
+    moved_TN = triple.router_logits.float()
+    high_T1, low_T1 = moved_TN.amax(-1, keepdim=True) + margin, moved_TN.amin(-1, keepdim=True) - margin
+    promoted, suppressed = promoted.to(moved_TN.device), suppressed.to(moved_TN.device)
+    moved_TN = torch.where(promoted, high_T1, torch.where(suppressed, low_T1, moved_TN))
+    rescored = layer.rescore(moved_TN, first=promoted, last=suppressed)  # half precision would lose the margin
+    return rescored._replace(router_logits=moved_TN.to(triple.router_logits.dtype))

@@ -22,3 +22,14 @@ def highest(scores: Tensor, layers: Sequence[str], num: int, *, per_layer: bool 
         return tuple((layers[i], int(e)) for i, row in enumerate(order_LN) for e in row)
     flat = scores_LN.flatten().argsort(descending=True, stable=True)[:num].tolist()
     return tuple((layers[i // scores_LN.shape[1]], i % scores_LN.shape[1]) for i in flat)
+
+
+def at_most(experts: Experts, limit: int) -> Experts:
+    """In their order, not more than `limit` of any layer."""
+    count: dict[str, int] = {}
+    kept = []
+    for layer, expert in experts:
+        count[layer] = count.get(layer, 0) + 1
+        if count[layer] <= limit:
+            kept.append((layer, expert))
+    return tuple(kept)

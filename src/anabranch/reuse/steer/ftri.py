@@ -13,11 +13,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from anabranch.reuse.steer.choice import highest
+from anabranch.reuse.steer.choice import at_most, highest
 from anabranch.reuse.steer.recipe import Recipe, Step
 
 
-def recipe(scores: Tensor, layers: Sequence[str], *, num: int = 10, turn: Literal["off", "on"] = "off") -> Recipe:
-    """Experts of highest score off (the slot stays empty), or into every token's selection."""
-    kind = "empty_keep_sum" if turn == "off" else "promote"
-    return Recipe(steps=(Step(kind=kind, experts=highest(scores, layers, num)),), made_by="reuse/steer/ftri")
+def recipe(
+    scores: Tensor, layers: Sequence[str], *, num: int = 10, turn: Literal["off", "on"] = "off", top_k: int = 1
+) -> Recipe:
+    """Experts of highest score off, their slots empty; or into every token's selection, `top_k` of a layer at most."""
+    if turn == "off":
+        step = Step(kind="empty_keep_sum", experts=highest(scores, layers, num))
+    else:
+        step = Step(kind="promote", experts=at_most(highest(scores, layers, scores.numel()), top_k)[:num])
+    return Recipe(steps=(step,), made_by="reuse/steer/ftri")

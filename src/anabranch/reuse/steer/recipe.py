@@ -35,6 +35,8 @@ KINDS = {
     "suppress": "below all other experts of the token",
 }
 WITH_AMOUNT = ("scale", "scale_keep_sum", "bias")
+RESCORED = ("refill", "bias", "promote", "suppress")
+"""Start from the logits: selection and weights of the layer are made anew."""
 BAKED = ("empty", "scale")
 """What a stock checkpoint can say in any family: the expert's output is multiplied."""
 LARGEST = 1e4
@@ -76,6 +78,7 @@ class Recipe:
     def applied(self, layers: Sequence[MixtureLayer]) -> Iterator[None]:
         """Raises UsageError where a step names what the model does not have."""
         masks = [self.masks(step, layers) for step in self.steps]
+        self.refuse_undone(masks)
         touched = [layer for layer in layers if any(layer.name in mask for mask in masks)]
 
         def change(layer: MixtureLayer, triple: Triple) -> Triple:
@@ -86,6 +89,18 @@ class Recipe:
 
         with changed(touched, change):
             yield
+
+    def refuse_undone(self, masks: Sequence[dict[str, Tensor]]) -> None:
+        """A step that scores anew would undo what an earlier one did to the weights of the same layer."""
+        weighed: dict[str, str] = {}
+        for step, mask in zip(self.steps, masks, strict=True):
+            if step.kind in RESCORED and (lost := sorted(set(mask) & set(weighed))):
+                raise UsageError(
+                    f"{step.kind} on {lost[0]} would undo {weighed[lost[0]]} there: it scores anew",
+                    expected=f"{step.kind} before it", received=f"{weighed[lost[0]]}, then {step.kind}",
+                    hint="another order of the steps, or of --steer",
+                )  # fmt: skip
+            weighed |= {} if step.kind in RESCORED else dict.fromkeys(mask, step.kind)
 
     @torch.no_grad()
     def bake(self, layers: Sequence[MixtureLayer]) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from anabranch.errors import UsageError
-from anabranch.reuse.steer.choice import Experts, highest
+from anabranch.reuse.steer.choice import at_most, highest
 from anabranch.reuse.steer.recipe import Recipe, Step
 
 
@@ -29,14 +29,3 @@ def recipe(scores: Tensor, layers: Sequence[str], *, promote: int = 0, suppress:
         chosen = at_most(highest(-scores, layers, scores.numel()), scores.shape[1] - top_k)[:suppress]
         steps.append(Step(kind="suppress", experts=chosen))
     return Recipe(steps=tuple(steps), made_by="reuse/steer/steermoe")
-
-
-def at_most(experts: Experts, limit: int) -> Experts:
-    """In their order, not more than `limit` of any layer."""
-    count: dict[str, int] = {}
-    kept = []
-    for layer, expert in experts:
-        count[layer] = count.get(layer, 0) + 1
-        if count[layer] <= limit:
-            kept.append((layer, expert))
-    return tuple(kept)
