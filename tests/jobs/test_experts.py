@@ -93,7 +93,15 @@ def test_a_profile_counts_every_token_once_and_says_what_it_holds(world):
 
 def test_a_stopped_profile_goes_on_to_the_same_numbers(world, tmp_path, monkeypatch):
     monkeypatch.setattr(profile_job, "PART_EVERY", 2)
-    given = {"model": world / "model", "data": (f"ab={world / 'ab.txt'}",), "length": 16, "limit": 40, "batch_size": 4}
+    text = (world / "ab.txt").read_text()
+    (tmp_path / "ab.txt").write_text(text)
+    given = {
+        "model": world / "model",
+        "data": (f"ab={tmp_path / 'ab.txt'}",),
+        "length": 16,
+        "limit": 40,
+        "batch_size": 4,
+    }
     whole = experts_profile(ProfileSettings(out=tmp_path / "whole.safetensors", **given))
     seen = []
 
@@ -110,10 +118,10 @@ def test_a_stopped_profile_goes_on_to_the_same_numbers(world, tmp_path, monkeypa
             experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", **given))
     with pytest.raises(UsageError, match="was stopped before its end"):
         experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", **given))
-    (tmp_path / "ab.txt").write_text((world / "ab.txt").read_text().replace("aab", "abb"))
-    with pytest.raises(UsageError, match="the same data"):
-        changed = given | {"data": (f"ab={tmp_path / 'ab.txt'}",)}
-        experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", resume=True, **changed))
+    (tmp_path / "ab.txt").write_text(text.replace("aab", "abb"))
+    with pytest.raises(UsageError, match="the same texts"):
+        experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", resume=True, **given))
+    (tmp_path / "ab.txt").write_text(text)
     with pytest.raises(UsageError, match="the same length"):
         experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", resume=True, **(given | {"length": 32})))
     resumed = experts_profile(ProfileSettings(out=tmp_path / "part.safetensors", resume=True, **given))
@@ -265,7 +273,8 @@ def test_contrast_decodes_against_a_weaker_routing_and_without_strength_is_the_m
     assert row["steered"] == row["plain"]
     assert run("generate", *given, "--set", "alpha=7") == 2
     assert "alpha" in capsys.readouterr().err
-    assert run("generate", *given, "--export", tmp_path / "x") == 2
+    assert run("steer", "--stats", world / "stats.safetensors", "--target", "ab", "--out", tmp_path / "s.json") == 0
+    assert run("generate", *given, "--steer", tmp_path / "s.json") == 2
     assert "goes with a model as it is" in capsys.readouterr().err
 
 
@@ -386,9 +395,7 @@ def test_the_table_of_families_can_be_asked_of_a_model_of_yours(world, capsys):
     assert "permute" in said
 
 
-def test_controls_are_drawn_with_the_same_experts_protected_and_one_of_them_is_no_interval(
-    world, tmp_path, monkeypatch
-):
+def test_controls_protect_the_same_experts_and_one_of_them_is_no_interval(world, tmp_path, monkeypatch):
     from anabranch.jobs import experts_prune as job
 
     seen = []
@@ -425,15 +432,12 @@ def test_what_a_method_is_computed_from_is_not_what_it_is_asked_on(world, tmp_pa
 
 
 def test_results_of_others_are_not_overwritten_and_missing_folders_are_made(world, tmp_path, capsys):
-    before = (world / "stats.safetensors").read_bytes()
-    assert (
-        run("rank", "--stats", world / "stats.safetensors", "--target", "ab", "--out", world / "stats.safetensors") == 2
-    )
+    stats = world / "stats.safetensors"
+    before = stats.read_bytes()
+    assert run("rank", "--stats", stats, "--target", "ab", "--out", stats) == 2
     assert "is there already" in capsys.readouterr().err
-    assert (world / "stats.safetensors").read_bytes() == before
-    assert (
-        run("steer", "--stats", world / "stats.safetensors", "--target", "ab", "--out", tmp_path / "a" / "s.json") == 0
-    )
+    assert stats.read_bytes() == before
+    assert run("steer", "--stats", stats, "--target", "ab", "--out", tmp_path / "a" / "s.json") == 0
     assert run("generate", "--model", world / "model", "--prompt", "a", "--max-new-tokens", "1", "--out",
                tmp_path / "b" / "rows.jsonl") == 0  # fmt: skip
     assert (tmp_path / "b" / "rows.jsonl").exists()
