@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from anabranch.measure.intervals import interval
 from recipes.experts.decoding import decoding
 from recipes.experts.lineage import lineage
 from recipes.experts.serving import serving
@@ -35,14 +34,15 @@ def main(models: Path, out: Path, parts: Sequence[str]) -> None:
 
 
 def table(rows: Rows) -> None:
+    """Markdown: means with the lowest and the highest over models and draws, which are no independent repetitions."""
     changes = [row for row in rows if row["part"] in ("tune", "compress")]
     print("| arm | experts | maths | mean of the other five |\n| --- | --- | --- | --- |")
     for arm in dict.fromkeys(row["arm"] for row in changes):
         own = [row for row in changes if row["arm"] == arm]
-        target = interval([row["change"][UNSEEN] for row in own])
-        others = interval([np.mean([v for name, v in row["change"].items() if name != UNSEEN]) for row in own])
+        target = [row["change"][UNSEEN] for row in own]
+        others = [np.mean([change for name, change in row["change"].items() if name != UNSEEN]) for row in own]
         count = f"{np.mean([row['experts'] for row in own]):.1f} of 32" if "experts" in own[0] else ""
-        print(f"| {arm} | {count} | {shown(target)} | {shown(others)} |")
+        print(f"| {arm} | {count} | {shown(target, '+')} | {shown(others, '+')} |")
     for part, name in (("decode", "right"), ("serve", "value"), ("lineage", "distance")):
         print(f"\n| {part} | {name} |\n| --- | --- |")
         own = [row for row in rows if row["part"] == part]
@@ -51,18 +51,17 @@ def table(rows: Rows) -> None:
             for row in own:
                 if row["arm"] == arm:
                     values.setdefault((row.get("model"), row["draw"]), []).append(row[name])
-            more = "".join(
-                f"; strangers {np.mean(row['strangers']):.3f}, p {row['p']:.2f}"
-                for row in own if row["arm"] == arm and "p" in row and row["draw"] == 0
-            )  # fmt: skip
-            print(f"| {arm} | {shown(interval([float(np.mean(v)) for v in values.values()]))}{more} |")
+            strangers = [row for row in own if row["arm"] == arm and "strangers" in row]
+            more = f"; strangers {shown(sum((row['strangers'] for row in strangers), []))}" if strangers else ""
+            more += f", p {shown([row['p'] for row in strangers])}" if strangers else ""
+            print(f"| {arm} | {shown([float(np.mean(own_)) for own_ in values.values()])}{more} |")
     for row in rows:
         if row["part"] == "weave":
-            print(f"\nExpertWeave: {row}")
+            print(f"\nThree adapters over one base against each merged model: {row}")
 
 
-def shown(found: Any) -> str:
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+def shown(values: Sequence[float], sign: str = "") -> str:
+    return f"{np.mean(values):{sign}.3f} [{min(values):{sign}.3f}, {max(values):{sign}.3f}]"
 
 
 if __name__ == "__main__":
