@@ -52,7 +52,8 @@ def table(rows: Rows) -> None:
                 if row["arm"] == arm:
                     values.setdefault((row.get("model"), row["draw"]), []).append(row[name])
             strangers = [row for row in own if row["arm"] == arm and "strangers" in row]
-            more = f"; strangers {shown(sum((row['strangers'] for row in strangers), []))}" if strangers else ""
+            far = [value for row in strangers for value in row["strangers"]]
+            more = f"; strangers {shown(far)}" if strangers else ""
             more += f", p {shown([row['p'] for row in strangers])}" if strangers else ""
             print(f"| {arm} | {shown([float(np.mean(own_)) for own_ in values.values()])}{more} |")
     for row in rows:
