@@ -340,6 +340,7 @@ def test_protected_experts_stay_whatever_their_score(world, tmp_path):
         (("--target", "ab", "--by", "esay_ep"), "did you mean easy_ep"),
         (("--keep", "3"), "whose experts shall stay"),
         (("--target", "ab", "--keep", "1"), "can't keep so many experts"),
+        (("--target", "ab", "--keep", "8"), "nothing would be pruned"),
         (("--target", "nobody"), "know no 'nobody'"),
         (("--target", "nobody", "--by", "naee"), "a target has no text"),
         (("--target", "ab", "--protect", "9.9"), "there is no expert 9.9"),

@@ -53,6 +53,10 @@ def experts_prune(settings: PruneSettings) -> dict[str, Any]:
     with hushed():
         model, tokenizer = open_language_model(settings.model)
     layers = open_layers(model)
+    if settings.keep >= layers[0].num_experts:
+        raise UsageError(
+            "nothing would be pruned", expected=f"--keep below {layers[0].num_experts}", received=settings.keep
+        )
     stats = None if settings.stats is None else own_stats(settings.stats, model)
     texts = read_windows(settings.data, tokenizer, length=settings.length, limit=settings.limit)
     calibration, texts = halves(texts) if settings.by == "naee" else ([], texts)
