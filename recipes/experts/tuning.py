@@ -66,7 +66,7 @@ def tuning(models: Path) -> Rows:
 
 
 def top(scores: Tensor, num: int) -> Tensor:
-    chosen = scores.argsort(-1, descending=True, stable=True)[:, :num]
+    chosen = scores.argsort(dim=-1, descending=True, stable=True)[:, :num]
     return torch.zeros(scores.shape, dtype=torch.bool).scatter(1, chosen, True)
 
 

@@ -12,6 +12,7 @@ from anabranch.models.mixtures.families import tiny
 from anabranch.models.mixtures.layers import open_layers
 from anabranch.models.mixtures.routing import watched
 from anabranch.reuse.steer import dsmoe, ftri, rice, steermoe
+from anabranch.reuse.steer.choice import highest
 from anabranch.reuse.steer.recipe import KINDS, WITH_AMOUNT, Recipe, Step
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -202,3 +203,9 @@ def test_more_experts_than_there_are_can_not_be_chosen():
         dsmoe.recipe(torch.zeros(2, 4), ["a", "b"], alpha=0.0)
     with pytest.raises(UsageError, match="nothing would be steered"):
         steermoe.recipe(torch.zeros(2, 4), ["a", "b"], top_k=2)
+
+
+def test_the_highest_are_chosen_over_all_layers_or_in_each_and_ties_go_to_the_first():
+    scores = torch.tensor([[1.0, 5, 5, 0], [9, float("nan"), 2, 2]])
+    assert highest(scores, ["a", "b"], 3) == (("b", 0), ("a", 1), ("a", 2))
+    assert highest(scores, ["a", "b"], 2, per_layer=True) == (("a", 1), ("a", 2), ("b", 0), ("b", 2))

@@ -18,7 +18,7 @@ def highest(scores: Tensor, layers: Sequence[str], num: int, *, per_layer: bool 
     if not 1 <= num <= available:
         raise UsageError("so many experts can't be chosen", expected=f"1 to {available}", received=num)
     if per_layer:
-        order_LN = scores_LN.argsort(-1, descending=True, stable=True)[:, :num]
+        order_LN = scores_LN.argsort(dim=-1, descending=True, stable=True)[:, :num]
         return tuple((layers[i], int(e)) for i, row in enumerate(order_LN) for e in row)
     flat = scores_LN.flatten().argsort(descending=True, stable=True)[:num].tolist()
     return tuple((layers[i // scores_LN.shape[1]], i % scores_LN.shape[1]) for i in flat)
