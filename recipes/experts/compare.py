@@ -120,8 +120,10 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
         own = [row for row in rows if row["group"] == group]
         arms = list(dict.fromkeys(row["arm"] for row in own))
         lines = [(arm, *effects([row for row in own if row["arm"] == arm])) for arm in arms]
-        if group in ("off", "prune", "merge"):
-            lines.sort(key=lambda line: -line[3].mean)
+        if group == "off":
+            lines.sort(key=lambda line: -line[3].mean)  # particular to the target first
+        elif group in ("prune", "merge"):
+            lines.sort(key=lambda line: line[1].mean)  # least lost first
         print(f"\n{title}\n\n| method | target | the other five | target minus others |\n| --- | --- | --- | --- |")
         for arm, *found in lines:
             share = [row["share"] for row in own if row["arm"] == arm and "share" in row]
