@@ -33,7 +33,7 @@ from anabranch.models.mixtures.routing import changed, off_refill
 from anabranch.reuse.steer import ftri
 from anabranch.train.run_folder import RunFolder
 
-TARGET, KEEP, NUM = "law", 4, 4
+TARGET, KEEP, NUM, DRAWS = "law", 4, 4, 8
 PROFILED, ASKED, SWITCHED = 120, 60, 24
 """Windows of a domain: read for the profile, asked before and after, asked with each expert off."""
 DATA = tuple(f"{domain}={SHIPPED}{domain}" for domain in DOMAINS)
@@ -121,6 +121,11 @@ def rankings(
     for name, pairs in top.items():
         change = off_change(model, layers, texts, pairs, before)
         rows[name] = {"top": pairs, "change": change}
+    drawn = [highest(module("random").rank(stats, TARGET, others, seed=seed), NUM) for seed in range(DRAWS)]
+    found = [off_change(model, layers, texts, pairs, before) for pairs in drawn]
+    rows["random"]["change"] = {
+        label: interval([one[label]["mean"] for one in found]).as_dict() for label in found[0]
+    }  # one draw may hit the busiest expert
     return {"rows": rows, "overlap": [[overlap(top[a], top[b]) for b in names] for a in names]}
 
 

@@ -108,7 +108,7 @@ def rankings(told: Mapping[str, Any]) -> Section:
             ]
             for name, row in rows.items()
         ],
-        notes=["Thousandths of a nat a byte; random is the control."],
+        notes=["Thousandths of a nat a byte. Random: mean and interval of eight draws; experts of the first."],
     )  # fmt: skip
     figure = matrix(
         100 * np.array(told["rankings"]["overlap"]), None, None, names, names, "Experts that two rankings share",
