@@ -80,8 +80,8 @@ def main(out: Path, steps: int) -> None:
         mixture = upcycle(dense, config, torch.Generator().manual_seed(0))
         mixture.config.router_aux_loss_coef = 0.002
         plan = TrainConfig(
-            steps=steps, batch_size=BATCH, learning_rate=1e-4, warmup_steps=10, max_grad_norm=1.0, weight_decay=0.0,
-            mixed_precision="bf16", save_every=steps,
+            steps=steps, batch_size=BATCH, learning_rate=1e-4, warmup_steps=min(10, steps), max_grad_norm=1.0,
+            weight_decay=0.0, mixed_precision="bf16", save_every=steps,
         )  # fmt: skip
         train(NextToken(mixture), Windows(tokenizer, 0), plan, report=print)
         mixture.to(torch.bfloat16).save_pretrained(out / "trained")
