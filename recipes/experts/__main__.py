@@ -7,7 +7,7 @@ Trains the three small mixtures, compares every method on two of them, and print
 from pathlib import Path
 
 from recipes.experts import compare, rest, train
-from recipes.mote.policy import read
+from recipes.rows import read
 
 OUT = Path("runs/experts")
 

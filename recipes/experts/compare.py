@@ -10,7 +10,6 @@ computed from. A unit is a model and a target (6 of them); draws are averaged wi
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from recipes.experts.arms import (
     steerings,
     with_gradients,
 )
-from recipes.mote.policy import read
+from recipes.rows import read, write
 
 MODELS, TARGETS, DRAWS = ("first", "second"), ("law", "python", "maths"), (0, 1, 2)
 READ, ASKED = 60, 40
@@ -90,7 +89,7 @@ def main(models: Path, out: Path) -> None:
     torch.set_num_threads(1)
     done = {(row["model"], row["target"], row["draw"]) for row in read(out) if row["group"] == "end"}
     kept = [row for row in read(out) if (row["model"], row["target"], row["draw"]) in done]
-    out.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    write(out, kept)
     for name in MODELS:
         with hushed():
             model = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32).eval()
@@ -108,8 +107,7 @@ def main(models: Path, out: Path) -> None:
                 started = time.perf_counter()
                 run(Bench(name, model, target, draw, *texts(draw)), add)
                 add("end", "", {}, seconds=time.perf_counter() - started)
-                with out.open("a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                write(out, rows, append=True)
                 print(f"{name} {target} {draw}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

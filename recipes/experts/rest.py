@@ -6,7 +6,6 @@ python -m recipes.experts.rest --table runs/experts/rest.jsonl
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from recipes.experts.decoding import decoding
 from recipes.experts.lineage import lineage
 from recipes.experts.serving import serving
 from recipes.experts.tuning import UNSEEN, Rows, tuning
-from recipes.mote.policy import read
+from recipes.rows import read, write
 
 PARTS: dict[str, Callable[[Path], Rows]] = {"tune": tuning, "decode": decoding, "serve": serving, "lineage": lineage}
 
@@ -29,8 +28,7 @@ def main(models: Path, out: Path, parts: Sequence[str]) -> None:
     done = {row["part"] for row in read(out)}
     for part in parts:
         if part not in done:
-            rows = [*read(out), *PARTS[part](models)]
-            out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write(out, PARTS[part](models), append=True)
 
 
 def table(rows: Rows) -> None:

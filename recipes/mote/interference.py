@@ -9,7 +9,6 @@ lowers the loss of each; held-out questions, the step is learnt on half of them 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from anabranch.measure.intervals import interval
 from anabranch.specialize.mote.collate import StepSpanCollator
 from anabranch.specialize.mote.interference import step_transfer
 from anabranch.specialize.mote.mote import MoTE
-from recipes.mote.policy import read
+from recipes.rows import read, write
 
 MOMENTS = (50, 100, 300, 700, 1400, 2000)
 WATCHED = ("MoTE", "LoRA, equal total")
@@ -51,8 +50,7 @@ def watch(bench: Bench, name: str, out: Path) -> None:
         exact = measure(bench, Trained(mote=mote, losses=[]))["exact"]
         mote.train()
         row = {"arm": name, "seed": bench.seed, "step": step, "transfer": gains.tolist(), "exact": exact}
-        with out.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+        write(out, [row], append=True)
         print(
             name, bench.seed, step, f"{100 * exact:.1f}", [[round(v, 1) for v in r] for r in gains.tolist()], flush=True
         )

@@ -8,7 +8,6 @@ A line a trained model in OUT/*.jsonl; what is there is not made again.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from anabranch.jobs.policy_arms import ARMS, Arm, Bench, evaluate, train_arm
+from recipes.rows import read, write
 
 RATES = (0.01, 0.02, 0.03, 0.05)
 
@@ -41,8 +41,7 @@ def main(what: str, seeds: list[int], steps: int, arms: list[str], rates: list[f
                 "loss": sum(last) / max(1, len(last)),
                 **evaluate(bench, trained, own=arm.mode, only=arm.mode if what == "tune" else ""),
             }
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
+            write(file, [row], append=True)
             print(
                 f"seed {seed}  {name}  rate {arm.learning_rate}  exact {100 * row[arm.mode]['exact']:.1f}", flush=True
             )
@@ -67,10 +66,6 @@ def tuned(out: Path, steps: int) -> dict[str, float]:
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["arm"], row["seed"], row["steps"], row["rate"]
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 if __name__ == "__main__":

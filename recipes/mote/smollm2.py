@@ -30,7 +30,7 @@ from anabranch.specialize.mote.chain_building import Draft
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter
 from recipes.mote.benign import LOOK_ALIKE, LOOK_ALIKE_TRAINED, ORDINARY
-from recipes.mote.policy import read
+from recipes.rows import read, write
 
 HARMFUL_PER_RISK, HELD_OUT_PER_RISK = 40, 12
 BUDGET = {"analysis": 40, "guidance": 40, "answer": 48}
@@ -45,10 +45,7 @@ PROMPTS = {
         'one sentence why, and offers a safe alternative. Begin with "I\'m sorry, but".'
     ),
 }
-"""This model does not follow the house's longer prompts: of 16 answers 2 declined with them, 10 with these. Only
-harmful questions are put so; the others get the house's prompts, which leave it to the model."""
-ALL_STEPS = 0.4
-"""Of every kind of question this share gets all steps, or a guidance is only ever seen before a refusal."""
+"""This model does not follow the house's longer prompts: of 16 answers 2 declined with them, 10 with these."""
 
 
 def convert(out: Path) -> None:
@@ -85,29 +82,29 @@ def rows(kind: str, asked: Sequence[str], source: str) -> list[dict[str, Any]]:
     return [{"question": question, "kind": kind, "source": source} for question in asked]
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def chains(out: Path) -> None:
-    """OUT/chains.jsonl from two builds, of the harmful questions and of the others."""
-    asked = read(out / "train.jsonl")
-    kept = []
+def chains(out: Path, all_steps: float = 0.0) -> None:
+    """OUT/chains.jsonl; with `all_steps` from two builds, as harmless questions must not be told to decline."""
+    if not all_steps:
+        build(out / "model", out, out / "train.jsonl", PROMPTS, 0.0)
+        return
+    asked, kept = read(out / "train.jsonl"), []
     for name, prompts in (("harmful", PROMPTS), ("harmless", {})):
         folder = out / "chains" / name
-        folder.mkdir(parents=True, exist_ok=True)
         write(folder / "questions.jsonl", [row for row in asked if (row["kind"] == "harmful") == (name == "harmful")])
-        (folder / "prompts.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
-        settings = ChainSettings(
-            model=out / "model", questions=folder / "questions.jsonl", out=folder / "chains.jsonl",
-            prompts_file=folder / "prompts.json", check="markers", retries=4, budget=BUDGET, batch_size=32,
-            all_steps=ALL_STEPS, resume=(folder / "chains.jsonl.run").exists(),
-        )  # fmt: skip
-        align_chain(settings)
+        build(out / "model", folder, folder / "questions.jsonl", prompts, all_steps)
         kept += read(folder / "chains.jsonl")
     order = {row["id"]: i for i, row in enumerate(asked)}
     write(out / "chains.jsonl", sorted(kept, key=lambda row: order[row["id"]]))
+
+
+def build(model: Path, folder: Path, asked: Path, prompts: dict[str, str], all_steps: float) -> None:
+    (folder / "prompts.json").write_text(json.dumps(prompts, indent=1), encoding="utf-8")
+    settings = ChainSettings(
+        model=model, questions=asked,
+        out=folder / "chains.jsonl", prompts_file=folder / "prompts.json", check="markers", retries=4, budget=BUDGET,
+        batch_size=16, all_steps=all_steps, resume=(folder / "chains.jsonl.run").exists(),
+    )  # fmt: skip
+    align_chain(settings)
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -155,7 +152,7 @@ def ask_arm(out: Path, arm: str, seed: int) -> None:
     settings = EvalSettings(
         model=out / "model", experts=folder_of(out, "experts", arm, seed), questions=out / "test.jsonl", out=folder,
         modes="direct" if arm == "answers only" else "adaptive;direct;full", budget=BUDGET, judge="markers",
-        chains=None if arm == "answers only" else out / "held_out.jsonl", batch_size=39,
+        chains=None if arm == "answers only" else out / "held_out.jsonl", batch_size=16,
     )  # fmt: skip
     try:
         align_eval(settings)
@@ -187,7 +184,7 @@ def ask_by_prompts(out: Path) -> None:
 STAGES = ("model", "questions", "chains", "train", "eval")
 
 
-def main(out: Path, stages: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> None:
+def main(out: Path, stages: Sequence[str], arms: Sequence[str], seeds: Sequence[int], all_steps: float = 0.0) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     if "model" in stages and not (out / "model").exists():
@@ -195,7 +192,7 @@ def main(out: Path, stages: Sequence[str], arms: Sequence[str], seeds: Sequence[
     if "questions" in stages and not (out / "train.jsonl").exists():
         questions(out)
     if "chains" in stages and not (out / "chains.jsonl").exists():
-        chains(out)
+        chains(out, all_steps)
     if "train" in stages:
         split_chains(out)
     for seed in seeds:
@@ -214,4 +211,5 @@ if __name__ == "__main__":
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--all-steps", type=float, default=0.0, help="share of the questions that get every step")
     main(**vars(parser.parse_args()))

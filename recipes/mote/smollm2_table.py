@@ -11,8 +11,8 @@ import numpy as np
 
 from anabranch.jobs.align_refusals import refuses
 from anabranch.measure.concept_ratio import paired_difference, ratio
-from recipes.mote.policy import read
 from recipes.mote.smollm2 import ARMS, folder_of
+from recipes.rows import read
 
 MODES = ("direct", "adaptive", "full")
 

@@ -13,7 +13,7 @@ from anabranch.jobs.policy_arms import ARMS
 from anabranch.measure.intervals import interval
 from anabranch.report.figures import curves
 from anabranch.report.page import standalone
-from recipes.mote.policy import read
+from recipes.rows import read
 
 METHOD = "MoTE"
 SHARES = {
