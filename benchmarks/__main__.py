@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 HELP_BAR = 0.2
-SIZE_BAR = 18.0
+SIZE_BAR = 16.0
 
 
 def processor_seconds(command: list[str]) -> float:

@@ -205,12 +205,13 @@ def test_rankings_stand_beside_their_intervals_and_the_random_one(world, tmp_pat
     for name, found in told["rankings"].items():
         scores = torch.tensor(found["scores"], dtype=torch.float64)
         assert name in said
-        best = [scores[layer, expert] for layer, expert in found["top"]]
-        assert min(best) >= scores.flatten().topk(4).values[-1]
+        best = [float(scores[layer, expert]) for layer, expert in found["top"]]
+        assert best == scores.flatten().topk(3).values.tolist()
         for (layer, expert), (low, high), kept in zip(found["top"], found["intervals"], found["kept"], strict=True):
             assert low <= high
             assert 0 <= kept <= 1
-            assert low - 1e-9 <= scores[layer, expert] <= high + 1e-9 or name != "frequency"
+            if name == "frequency":  # a mean over tokens lies within its own resamplings
+                assert low - 1e-9 <= scores[layer, expert] <= high + 1e-9
     assert told["overlap"]["esft_token"]["frequency"] == 1  # the same order within every layer, and equal sums
     assert overlap([(0, 1), (0, 2)], [(0, 2), (1, 2)]) == pytest.approx(1 / 3)
 
@@ -243,7 +244,7 @@ def test_a_recipe_steers_and_where_it_can_be_a_checkpoint_it_is_one(world, tmp_p
     assert row["prompt"] == "aab"
     assert {"plain", "steered"} <= row.keys()
     assert run("generate", *given, "--export", tmp_path / "baked") == 0
-    assert "4 tensors" not in capsys.readouterr().out  # two down-projections, nothing else
+    assert "2 tensors changed: model.layers.0.mlp.experts.down_proj, model.layers.1" in capsys.readouterr().out
     experts, found, new = in_stock(tmp_path / "baked")
     assert (experts, new) == (8, 4)
     model, _ = open_language_model(world / "model")
@@ -371,6 +372,7 @@ def test_a_merged_checkpoint_keeps_its_configuration_and_says_who_shares(world, 
 @pytest.mark.parametrize("how", [("--p", "0.3"), ("--num", "2")])
 def test_only_the_chosen_experts_learn_and_the_whole_checkpoint_opens_alone(world, tmp_path, how, capsys):
     assert run("tune", *asked(world), "--stats", world / "stats.safetensors", "--target", "ab", *how, "--steps", "8",
+               "--learning-rate", "1e-3",
                "--out", tmp_path / "tuned", "--merged", tmp_path / "whole") == 0  # fmt: skip
     told = json.loads((tmp_path / "tuned" / "experts.json").read_text())
     assert told["losses"]["esft_token"]["ab"]["change"] < 0
@@ -387,6 +389,15 @@ def test_only_the_chosen_experts_learn_and_the_whole_checkpoint_opens_alone(worl
         assert changed == sorted(chosen)
     assert in_stock(tmp_path / "whole")[1] == pytest.approx(squares(tuned), rel=1e-5)
     assert "experts in 2 layers learnt" in capsys.readouterr().out
+
+
+def test_what_is_learnt_and_not_foreseen_better_is_a_failed_check_with_its_files(world, tmp_path, capsys):
+    (tmp_path / "turn.txt").write_text("aab ab ba. " * 270 + "<QZ> {QX} [Z] " * 24)  # its end is another language
+    given = ("--model", world / "model", "--data", f"turn={tmp_path / 'turn.txt'}", "--set", "length=32")
+    assert run("tune", *given, "--stats", world / "stats.safetensors", "--target", "ab", "--steps", "20",
+               "--learning-rate", "1e-2", "--out", tmp_path / "tuned") == 3  # fmt: skip
+    assert "not shown to be better foreseen" in capsys.readouterr().err
+    assert json.loads((tmp_path / "tuned" / "experts.json").read_text())["losses"]["esft_token"]["turn"]["change"] > 0
 
 
 def test_the_table_of_families_can_be_asked_of_a_model_of_yours(world, capsys):

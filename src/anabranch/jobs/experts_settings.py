@@ -189,7 +189,8 @@ class TuneFlags:
     stats: Path = Path("profile.safetensors")
     """What anabranch experts profile wrote on this model."""
     data: tuple[str, ...] = ()
-    """name=FILE: the first is learnt, from its first nine tenths; the losses of all are told before and after."""
+    """name=FILE: the first is learnt, from its first nine tenths (a shipped text: from the part to learn from); losses
+    of the rest of it and of the others are told before and after."""
     target: str = ""
     """The label of the statistics whose experts learn."""
     by: str = "esft_token"
@@ -199,7 +200,8 @@ class TuneFlags:
     num: int = 0
     """CEFT: so many of each layer, in place of a share."""
     steps: int = 200
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
+    """The paper's 1e-5 is for models of billions of weights."""
     out: Path = Path("tuned")
     """The adapter to write: the tuned experts alone, and experts.json."""
     merged: Path | None = None

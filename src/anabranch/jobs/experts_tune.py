@@ -7,17 +7,18 @@ MERGED/         with --merged the whole checkpoint, opened by transformers alone
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from anabranch.errors import UsageError
+from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.experts_rank import chosen, module
 from anabranch.jobs.experts_settings import TuneSettings
-from anabranch.jobs.experts_texts import Windows, read_windows
+from anabranch.jobs.experts_texts import SHIPPED, Windows, read_windows
 from anabranch.jobs.experts_written import (
     RESULT,
+    Changed,
     change,
     losses_by_label,
     own_stats,
@@ -37,7 +38,11 @@ LEARNT = 0.9
 
 
 def experts_tune(settings: TuneSettings) -> dict[str, Any]:
-    """Write settings.out, and settings.merged if given; returns what experts.json holds."""
+    """Write settings.out, and settings.merged if given; returns what experts.json holds.
+
+    Raises:
+        CheckFailed: after everything is written, where held-out windows of what was learnt are not foreseen better.
+    """
     refuse_other_results(settings.out, RESULT)
     if settings.merged is not None:
         refuse_other_results(settings.merged, RESULT)
@@ -46,8 +51,7 @@ def experts_tune(settings: TuneSettings) -> dict[str, Any]:
     stats = own_stats(settings.stats, model)
     stats.index(settings.target)
     chosen([settings.by], stats)
-    texts = read_windows(settings.data, tokenizer, length=settings.length, limit=settings.limit, least=10)
-    learnt, texts = split(texts)
+    learnt, texts = to_learn_and_ask(settings, tokenizer)
     before, digests = losses_by_label(model, texts), digest(model)
     tuned = train(settings, model, stats, learnt)
     after = losses_by_label(model, texts)
@@ -67,11 +71,16 @@ def experts_tune(settings: TuneSettings) -> dict[str, Any]:
     if settings.merged is not None:
         write_checkpoint(model, tokenizer, settings.merged, told)
     tell(settings, told, tuned, before)
+    refuse_nothing_learnt(settings.by, learnt.label, told["losses"][settings.by][learnt.label])
     return told
 
 
-def split(texts: Sequence[Windows]) -> tuple[Windows, list[Windows]]:
-    """What is learnt, and what is asked: the held-out rest of the first text, and the others whole."""
+def to_learn_and_ask(settings: TuneSettings, tokenizer: Any) -> tuple[Windows, list[Windows]]:
+    """A shipped text has a part for each; of a file the first windows are learnt and its rest is asked."""
+    shape = {"length": settings.length, "limit": settings.limit, "least": 10}
+    texts = read_windows(settings.data, tokenizer, **shape)
+    if settings.data[0].partition("=")[2].startswith(SHIPPED):
+        return read_windows(settings.data[:1], tokenizer, **shape, part="train")[0], texts
     first = texts[0]
     cut = int(LEARNT * len(first.input_ids))
     learnt = Windows(first.label, first.input_ids[:cut], first.attention_mask[:cut])
@@ -102,6 +111,16 @@ def batches(settings: TuneSettings, learnt: Windows) -> Iterator[Batch]:
             rows = order[start : start + size]
             ids, mask = learnt.input_ids[rows], learnt.attention_mask[rows]
             yield Batch(ids, mask, torch.zeros_like(ids), torch.zeros(len(ids), dtype=torch.long))
+
+
+def refuse_nothing_learnt(by: str, label: str, found: Changed) -> None:
+    """What was learnt by heart and not better foreseen where it was not seen is no success."""
+    if found["high"] is None or found["high"] >= 0:
+        raise CheckFailed(
+            f"{label} is not shown to be better foreseen than before", expected="a change below 0 on windows held out",
+            received=f"{found['change']:+.3f} [{found['low']}, {found['high']}] nats a token, experts by {by}",
+            hint="a smaller --learning-rate, fewer --steps, more text",
+        )  # fmt: skip
 
 
 def tell(settings: TuneSettings, told: dict[str, Any], tuned: Tuned, before: Any) -> None:
