@@ -25,17 +25,8 @@ from anabranch.jobs.experts_texts import SHIPPED, Windows, read_windows
 from anabranch.jobs.text_mixture import byte_tokenizer
 from anabranch.measure.intervals import interval
 from anabranch.models.language.folder import hushed
-from recipes.experts.arms import (
-    Bench,
-    by_premoe,
-    mergings,
-    off,
-    prunings,
-    skippings,
-    statistics,
-    steerings,
-    with_gradients,
-)
+from recipes.experts.arms import by_premoe, mergings, off, prunings, skippings, steerings
+from recipes.experts.bench import Bench, statistics, with_gradients
 from recipes.rows import read, write
 
 MODELS, TARGETS, DRAWS = ("first", "second"), ("law", "python", "maths"), (0, 1, 2)

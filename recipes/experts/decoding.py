@@ -12,7 +12,7 @@ from anabranch.models.mixtures.routing import changed
 from anabranch.reuse.merge.compressed_experts import CompressedExperts, fit
 from anabranch.reuse.steer.scmoe import contrast, weak_routing
 from anabranch.train.loop import TrainConfig
-from recipes.experts.arms import Bench
+from recipes.experts.bench import Bench
 from recipes.experts.compare import texts
 from recipes.experts.tuning import Rows, opened
 

@@ -13,7 +13,7 @@ from anabranch.jobs.text_mixture import train_mixture
 from anabranch.measure.experts.signatures import distance, verdict
 from anabranch.models.mixtures.layers import open_layers
 from anabranch.specialize.expert_tuning import Training, tune
-from recipes.experts.arms import Bench, statistics
+from recipes.experts.bench import Bench, statistics
 from recipes.experts.compare import texts
 from recipes.experts.tuning import RATE, STEPS, Rows, opened, ordered
 

@@ -13,7 +13,7 @@ from anabranch.measure.experts.local_consistency import sch, srp
 from anabranch.measure.experts.trace import Recorder, RoutingTrace
 from anabranch.reuse.serve import eviction, expert_flow, placement
 from anabranch.reuse.serve.expert_cache import simulate
-from recipes.experts.arms import Bench
+from recipes.experts.bench import Bench
 from recipes.experts.compare import texts
 from recipes.experts.tuning import Rows, opened
 

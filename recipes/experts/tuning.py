@@ -17,7 +17,7 @@ from anabranch.models.language.folder import hushed
 from anabranch.reuse.serve.expert_weave import ExpertWeave
 from anabranch.specialize import esft
 from anabranch.specialize.expert_tuning import Training, Tuned, by_layer, tune
-from recipes.experts.arms import Bench, statistics, with_gradients
+from recipes.experts.bench import Bench, statistics, with_gradients
 from recipes.experts.compare import texts
 
 UNSEEN, STEPS, RATE = "maths", 80, 1e-3

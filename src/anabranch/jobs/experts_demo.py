@@ -152,7 +152,7 @@ def planted_knowledge(model: Any, layers: Sequence[MixtureLayer], stats: ExpertS
             found = {domain: seal_letters(model, domain) for domain in CONFLICT}
         else:
             drawn = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-            made = ftri.recipe(drawn if "random" in arm else scores, stats.layers, num=NUM)
+            made = ftri.recipe(drawn if "random" in arm else scores, stats.layers, num=NUM, top_k=stats.top_k)
             with made.applied(layers):
                 found = {domain: seal_letters(model, domain) for domain in CONFLICT}
         for domain, letters in found.items():

@@ -115,8 +115,9 @@ def rankings(told: Mapping[str, Any]) -> Section:
         "% of those in either", center=50.0,
     )  # fmt: skip
     text = [
-        f"Which experts belong to {target}? Rankings that compare with the other texts find others than those that "
-        f"look at {target} alone: busy experts are busy everywhere. A good one costs {target} much, the others little."
+        f"Which experts belong to {target}? Some rankings look at {target} alone (frequency, gate_mass, esft, easy_ep, "
+        "reap, seuf, tcess), others set it against the other texts (ftri, steermoe, rice). With the highest off, "
+        f"a ranking that finds what is particular costs {target} much and the others little; read it beside random."
     ]
     return Section("Rankings, and how far they agree", text=text, tables=[table], figures=[figure])
 

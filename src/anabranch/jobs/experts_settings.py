@@ -10,11 +10,15 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Which model reads which texts."""
-
+class OfModel:
     model: Path = Path("model")
     """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(OfModel):
+    """Which model reads which texts."""
+
     data: tuple[str, ...] = ()
     """name=FILE for every label: .txt, or .jsonl with "text" in each row; domain:NAME for a text that ships."""
     length: int = 128
@@ -99,9 +103,7 @@ class SteerSettings(SteerFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags:
-    model: Path = Path("model")
-    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+class GenerateFlags(OfModel):
     steer: tuple[Path, ...] = ()
     """Recipes of anabranch experts steer, one after another."""
     prompt: str = ""
@@ -131,9 +133,15 @@ class GenerateSettings(GenerateFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneFlags:
-    model: Path = Path("model")
-    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+class Asked:
+    length: int = 128
+    """Tokens of a window."""
+    limit: int = 100
+    """Windows of a label that losses are taken on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFlags(OfModel):
     stats: Path | None = None
     """What anabranch experts profile wrote on this model; naee and random need none."""
     data: tuple[str, ...] = ()
@@ -152,17 +160,13 @@ class PruneFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(PruneFlags):
-    length: int = 128
-    limit: int = 100
+class PruneSettings(PruneFlags, Asked):
     controls: int = 3
     """Random prunings that the same number of experts is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeFlags:
-    model: Path = Path("model")
-    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+class MergeFlags(OfModel):
     data: tuple[str, ...] = ()
     """name=FILE for every label: usage and outputs are taken on the targets, losses are told for all."""
     target: tuple[str, ...] = ()
@@ -177,15 +181,12 @@ class MergeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeSettings(MergeFlags):
-    length: int = 128
-    limit: int = 100
+class MergeSettings(MergeFlags, Asked):
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneFlags:
-    model: Path = Path("model")
-    """A folder that transformers wrote, of a mixture of experts, tokenizer included."""
+class TuneFlags(OfModel):
     stats: Path = Path("profile.safetensors")
     """What anabranch experts profile wrote on this model."""
     data: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from anabranch.reuse.steer.recipe import Recipe, Step
 
 
 def recipe(
-    scores: Tensor, layers: Sequence[str], *, num: int = 10, turn: Literal["off", "on"] = "off", top_k: int = 1
+    scores: Tensor, layers: Sequence[str], *, num: int = 10, turn: Literal["off", "on"] = "off", top_k: int
 ) -> Recipe:
     """Experts of highest score off, their slots empty; or into every token's selection, `top_k` of a layer at most."""
     if turn == "off":
