@@ -41,7 +41,7 @@ def table(rows: Rows) -> None:
         others = [np.mean([change for name, change in row["change"].items() if name != UNSEEN]) for row in own]
         count = f"{np.mean([row['experts'] for row in own]):.1f} of 32" if "experts" in own[0] else ""
         print(f"| {arm} | {count} | {shown(target, '+')} | {shown(others, '+')} |")
-    for part, name in (("decode", "right"), ("serve", "value"), ("lineage", "distance")):
+    for part, name in (("decode", "right"), ("serve", "value"), ("lineage", "distance"), ("shadows", "distance")):
         print(f"\n| {part} | {name} |\n| --- | --- |")
         own = [row for row in rows if row["part"] == part]
         for arm in dict.fromkeys(row["arm"] for row in own):

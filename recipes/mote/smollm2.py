@@ -146,13 +146,14 @@ def train_arm(out: Path, arm: str, seed: int) -> None:
 
 
 def ask_arm(out: Path, arm: str, seed: int) -> None:
+    """Refusals in three modes; the long look inside (losses and transfer between steps) for the first seed alone."""
     folder = folder_of(out, "eval", arm, seed)
     if (folder / "eval.json").exists():
         return
     settings = EvalSettings(
         model=out / "model", experts=folder_of(out, "experts", arm, seed), questions=out / "test.jsonl", out=folder,
         modes="direct" if arm == "answers only" else "adaptive;direct;full", budget=BUDGET, judge="markers",
-        chains=None if arm == "answers only" else out / "held_out.jsonl", batch_size=16,
+        chains=None if arm == "answers only" or seed else out / "held_out.jsonl", batch_size=16,
     )  # fmt: skip
     try:
         align_eval(settings)
