@@ -76,6 +76,12 @@ def test_no_pickle_comes_in_or_goes_out():
         assert "torch.save(" not in text, path
 
 
+def test_the_picture_of_the_rooms_is_what_they_import():
+    script = ROOT.parent.parent / "scripts" / "architecture.py"
+    found = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, f"{found.stdout}run python scripts/architecture.py"
+
+
 def test_files_of_the_package_stay_small():
     size = sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     assert size <= 16_000_000  # 2.8 of it a small diffusion model, 6.8 a small mixture of experts, 1.0 its six texts
