@@ -279,6 +279,25 @@ def test_contrast_decodes_against_a_weaker_routing_and_without_strength_is_the_m
     assert "goes with a model as it is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rule", ["naee", "modes"])
+def test_skipping_goes_by_the_texts_and_says_how_much_it_passed_over(world, tmp_path, rule, capsys):
+    given = ("--model", world / "model", "--prompt", "aab", "--max-new-tokens", "12")
+    texts = ("--data", f"ab={world / 'ab.txt'}")
+    assert run("generate", *given, *texts, "--skip", rule, "--out", tmp_path / "out.jsonl") == 0
+    share = float(capsys.readouterr().out.split("%")[0])
+    assert 10 < share < 60  # about half of the second slots, or at least a quarter of all
+    assert run("generate", *given, *texts, "--skip", "modes", "--set", "skip_share=0.01") == 0
+    assert float(capsys.readouterr().out.split("%")[0]) < share
+    for wrong, says in (
+        (("--skip", rule), "--skip and --data go together"),
+        (("--skip", "nae", *texts), "did you mean naee"),
+        (("--skip", rule, *texts, "--contrast", "2"), "goes with a model as it is"),
+        (("--skip", rule, *texts, "--set", "skip_share=1"), "skip_share"),
+    ):
+        assert run("generate", *given, *wrong) == 2
+        assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -9,7 +9,9 @@ import torch
 
 from anabranch.errors import UsageError
 from anabranch.jobs.experts_settings import GenerateSettings
-from anabranch.jobs.experts_texts import read_documents
+from anabranch.jobs.experts_skip import check as check_skipping
+from anabranch.jobs.experts_skip import skipping
+from anabranch.jobs.experts_texts import read_documents, read_windows
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
@@ -39,6 +41,12 @@ def experts_generate(settings: GenerateSettings) -> list[dict[str, str]]:
     if settings.contrast:
         for row in rows:
             row["steered"] = contrasted(settings, model, tokenizer, row["prompt"])
+    if settings.skip:
+        texts = read_windows(settings.data, tokenizer, length=128, limit=settings.skip_windows, part="train")
+        with skipping(settings.skip, model, texts, settings.skip_share) as skipped:
+            for row in rows:
+                row["steered"] = go_on(settings, model, tokenizer, row["prompt"])
+        print(f"{skipped.share():.1%} of the slots were passed over (computed all the same: a stock model does)")
     tell(settings, rows)
     return rows
 
@@ -58,6 +66,15 @@ def check(settings: GenerateSettings) -> None:
             "--contrast goes with a model as it is", expected="neither --steer nor --export",
             received="--steer" if settings.steer else "--export",
         )  # fmt: skip
+    if bool(settings.skip) != bool(settings.data):
+        raise UsageError(
+            "--skip and --data go together: the thresholds come from texts", expected="both or neither",
+            received="--skip" if settings.skip else "--data",
+        )  # fmt: skip
+    if settings.skip:
+        check_skipping(settings.skip, settings.skip_share)
+        if settings.steer or settings.export or settings.contrast:
+            raise UsageError("--skip goes with a model as it is", expected="no --steer, --export or --contrast")
     if settings.export is not None and not settings.steer:
         raise UsageError("nothing would be exported but the model itself", expected="--steer", received="none")
 

@@ -117,6 +117,10 @@ class GenerateFlags(OfModel):
     """0: the likeliest token."""
     contrast: tuple[int, ...] = ()
     """SCMoE: in place of recipes, decode against the same model routed to the experts of these ranks, such as 2."""
+    skip: str = ""
+    """naee or modes: in place of recipes, pass over slots of little weight, by thresholds from --data."""
+    data: tuple[str, ...] = ()
+    """name=FILE: the texts that --skip takes its thresholds from."""
     seed: int = 0
     export: Path | None = None
     """Write the steered model as a stock checkpoint here, where a checkpoint can say it, and end."""
@@ -130,6 +134,10 @@ class GenerateSettings(GenerateFlags):
     """Of contrast: tokens less likely than this share of the likeliest are barred."""
     beta: float = 0.5
     """Of contrast: its strength."""
+    skip_share: float = 0.25
+    """Of modes: the least share of slots to pass over."""
+    skip_windows: int = 20
+    """Of skip: windows of 128 tokens that are read of every text."""
 
 
 @dataclass(frozen=True, kw_only=True)
