@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding: contrast between two routings of one model, and experts that are replaced by a vector."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from anabranch.data.six_domains import DOMAINS
 from anabranch.jobs.text_mixture import ByteWindows
+from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.models.mixtures.routing import changed
 from anabranch.reuse.merge.compressed_experts import CompressedExperts, fit
 from anabranch.reuse.steer.scmoe import contrast, weak_routing
@@ -51,13 +54,25 @@ def hit(logits: Tensor, ids: Tensor) -> float:
     return float((logits.argmax(-1) == ids[:, 1:]).double().mean())
 
 
+class OneVector(CompressedExperts):
+    """The control: any trained scale, the same for every expert that is left away."""
+
+    def __init__(self, layers: Sequence[MixtureLayer], num_main: int):
+        super().__init__(layers, num_main)
+        self.offsets = torch.nn.ParameterList([torch.zeros(1, layer.hidden_size) for layer in layers])
+
+    def replaced(self, layer: MixtureLayer, offsets: Tensor, fired: set[str]) -> AbstractContextManager[None]:
+        return super().replaced(layer, offsets.expand(layer.num_experts, -1), fired)
+
+
 def compressed(bench: Bench, name: str, draw: int) -> Rows:
-    """One main expert, the second one as a vector: before and after the vectors are trained."""
-    own = CompressedExperts(bench.layers, 1)
-    rows: Rows = [{"part": "compress", "arm": "the first expert alone", "model": name, "draw": draw,
-                   "change": bench.within(own.applied())}]  # fmt: skip
+    """One main expert, the second one as a vector: before and after vectors are trained, of its own or for all."""
     config = TrainConfig(steps=100, batch_size=24, learning_rate=1e-2, weight_decay=0.0, seed=draw)
-    fit(bench.model, own, ByteWindows(DOMAINS, 24, draw), config)
-    rows.append({"part": "compress", "arm": "the second as a trained vector", "model": name, "draw": draw,
-                 "change": bench.within(own.applied())})  # fmt: skip
-    return rows
+    own, shared = CompressedExperts(bench.layers, 1), OneVector(bench.layers, 1)
+    found = {"the first expert alone": bench.within(own.applied())}
+    for arm, vectors in (("the second as a trained vector", own), ("the second as one vector for all", shared)):
+        fit(bench.model, vectors, ByteWindows(DOMAINS, 24, draw), config)
+        found[arm] = bench.within(vectors.applied())
+    return [
+        {"part": "compress", "arm": arm, "model": name, "draw": draw, "change": change} for arm, change in found.items()
+    ]
