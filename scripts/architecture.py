@@ -130,8 +130,8 @@ def page(edges: dict[str, set[str]]) -> str:
         "The verbs (`measure`, `allocate`, `specialize`, `suppress`, `reuse`) never import each other, but for",
         "`measure`, which anyone may use; `jobs` puts them together. A method is one file under its verb: the path is",
         "its key and the docstring its card, so that adding one edits nothing else. Beside the package stand",
-        "`recipes/` (one folder a published result), `benchmarks/` (ratios against named peers) and `tests/` (the paths",
-        "of `src/anabranch` again).",
+        "`recipes/` (one folder a published result), `benchmarks/` (ratios against named peers) and `tests/` (the",
+        "paths of `src/anabranch` again).",
         "",
     ])  # fmt: skip
 

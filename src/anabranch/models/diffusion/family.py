@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from anabranch.errors import UsageError
+from anabranch.models.shipped import folder_of
 
 FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3")
 INSTALL = "pip install 'anabranch[erase]'"
@@ -58,12 +59,12 @@ def family(pipe: Any) -> ModuleType:
 
 
 def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline in a folder that diffusers wrote, every weight frozen, on the accelerator where there is one.
+    """The pipeline in a folder of diffusers, or a shipped one, every weight frozen, on the accelerator if there is one.
 
     Raises:
         UsageError: no such folder, not a pipeline, a family that is not supported, or diffusers is missing.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         raise UsageError(

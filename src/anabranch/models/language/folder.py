@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from anabranch.errors import UsageError
+from anabranch.models.shipped import folder_of
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 """What loaders raise on a folder that is torn; UsageError is none of them."""
 
 
 def open_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, tokenizer), the model frozen, in evaluation mode, on the accelerator where there is one.
+    """(model, tokenizer) of a folder or a shipped name; the model frozen, evaluating, on the accelerator if there is one.
 
     Raises:
         UsageError: no such folder, no language model in it, a torn one, or no tokenizer.
@@ -23,7 +24,7 @@ def open_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) 
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(folder)
+    folder = folder_of(folder)
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"{folder} is not a language model",
