@@ -7,7 +7,6 @@ Shapes    : k pictures with the concept, their boxes and captions, and harmless 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -215,11 +214,3 @@ def partly_noised(
             parts.append(to_pixels(pipe, z))
         arms[f"partial_noise/{strength:g}"] = judges.arm(torch.cat(parts), asked)
     return arms
-
-
-def pick_material(
-    pixels: Tensor, hits: np.ndarray, boxes: Sequence[list[Box]], captions: Sequence[str], most: int
-) -> tuple[Tensor, list[list[Box]], list[str]]:
-    """The first pictures in which the concept was found."""
-    rows = np.flatnonzero(hits)[:most].tolist()
-    return pixels[rows], [boxes[i] for i in rows], [captions[i] for i in rows]

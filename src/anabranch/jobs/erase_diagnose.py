@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anabranch.jobs.erase_arms import Arm, Judges, Subject
 from anabranch.jobs.erase_sample import Sampling
-from anabranch.measure.concept_ratio import Rate, ratio, wilson
+from anabranch.measure.concept_ratio import Rate, ratio
 from anabranch.measure.controllability import Controllability, controllability
 from anabranch.measure.localisation import Localisation, boxes_as_masks, localisation
 from anabranch.models.diffusion.attention import token_maps
@@ -189,8 +189,3 @@ def told_controllability(found: Controllability) -> dict[str, Any]:
         "with_word": found.with_word.as_dict(),
         "verdict": found.verdict,
     }
-
-
-def none_of(count: int) -> Rate:
-    """No hit in so many; of no picture at all, any rate is possible."""
-    return wilson(0, count) if count else Rate(0.0, 0.0, 1.0, 0, 0)

@@ -6,11 +6,9 @@ penultimate features are the space of the Frechet distance. The one for marks le
 buttons and from rings, and had no part in the labels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices
 from anabranch.jobs.marked_garments import World, clean_world, with_known, with_mark
-from anabranch.suppress.detectors.protocol import Detection
 from anabranch.train.loop import TrainConfig, train
 
 WIDTH, FEATURES = 16, 32
@@ -68,19 +65,6 @@ class Judges:
         features = torch.cat([self.garment.features(part) for part in pixels.split(500)])
         chance = torch.cat([self.mark.head(self.mark.features(part)).softmax(1)[:, 1] for part in pixels.split(500)])
         return self.garment.head(features).argmax(1), features, chance
-
-
-class MarkDetector:
-    """The network for marks as a detector, without places."""
-
-    name, version, threshold = "mark classifier", "1", 0.5
-
-    def __init__(self, judges: Judges):
-        self.judges = judges
-
-    def detect(self, images: Sequence[np.ndarray], files: Sequence[str] | None = None) -> list[list[Detection]]:
-        pixels = torch.from_numpy(np.stack(images))[..., 0][:, None]
-        return [[Detection(score, None, "mark")] for score in self.judges.look(pixels)[2].tolist()]
 
 
 def train_judges(images: Images, folder: Path, *, steps: int = 1200, seed: int = 7) -> Judges:

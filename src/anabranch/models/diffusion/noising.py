@@ -59,7 +59,3 @@ def noising(scheduler: Any) -> Flow | Diffusion:
             hint="the scheduler that the checkpoint was trained with",
         )
     return Diffusion(torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32), prediction)
-
-
-def training_timesteps(scheduler: Any) -> int:
-    return int(scheduler.config.num_train_timesteps)
