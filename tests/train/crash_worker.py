@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from anabranch.errors import AnabranchError
 from anabranch.train import checkpoint as checkpoint_module
 from anabranch.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from anabranch.train.publish import clean_leftovers, publish_folder, verify_folder
+from anabranch.train.publish import DISK_ERRORS, clean_leftovers, publish_folder, verify_folder
 from anabranch.train.run_folder import RunFolder
 
 DIED = 77
@@ -215,11 +215,11 @@ def load_well(folder):
     return loaded.checkpoint.step if loaded and is_whole(loaded.checkpoint) else 0
 
 
-def save_in_place(folder, step):
-    """What a plain loop does: the same files, written over the last ones."""
-    checkpoint = snapshot(step, numbers=200_000)
-    save_file(checkpoint.model, folder / "model.safetensors")
-    save_file(checkpoint.optimizer, folder / "optimizer.safetensors")
+def save_in_place(folder, step, numbers=200_000):
+    """What a plain loop does: the same files, one after the other over the last ones."""
+    checkpoint = snapshot(step, numbers)
+    checkpoint_module.save_file(checkpoint.model, folder / "model.safetensors")
+    checkpoint_module.save_file(checkpoint.optimizer, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": step}))
 
 
@@ -227,9 +227,42 @@ def load_in_place(folder):
     try:
         model, optimizer = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
         step = json.loads((folder / "state.json").read_text())["step"]
-    except (OSError, ValueError):
+    except (*DISK_ERRORS, ValueError):
         return 0
     return step if is_whole(Checkpoint(step=step, model=model, optimizer=optimizer, config={})) else 0
+
+
+def saving_in_place(folder, acknowledge):
+    for step in (1, 2):
+        save_in_place(folder, step, numbers=200)
+        acknowledge(step)
+
+
+def inspect_in_place(folder, acknowledged):
+    return None if load_in_place(folder) >= acknowledged else f"acknowledged {acknowledged}"
+
+
+def overwrite(folder, step):
+    """In place to the byte; safetensors itself writes a file beside the old one and renames it."""
+    checkpoint = snapshot(step, numbers=50_000)
+    (folder / "model.safetensors").write_bytes(save(checkpoint.model))
+    (folder / "optimizer.safetensors").write_bytes(save(checkpoint.optimizer))
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+
+
+def fill_disk_in_place(folder, limits, apply):
+    """The control: how often nothing can be loaded after a failing save over the last one."""
+    lost = []
+    for limit in limits:
+        overwrite(folder, 1)
+        undo = apply(limit)
+        try:
+            overwrite(folder, 2)
+        except DISK_ERRORS:
+            lost += [limit] if load_in_place(folder) == 0 else []
+        finally:
+            undo()
+    return {"limits": len(limits), "lost": lost}
 
 
 def fill_disk(folder, limits, apply):
@@ -294,6 +327,7 @@ def main(mode, folder, count="1"):
     folder = Path(folder)
     if mode == "some-of-each":  # in one process: starting it takes longer than most of what it does
         parts = {"enumerate": 7, "kill": 20, "file-size": 25, "read-only": 1}
+        parts = {"enumerate-in-place": 1, "file-size-in-place": 25} | parts  # the last of all gives up its rights
         for part in parts:
             (folder / part).mkdir()
         return {part: main(part, folder / part, count) for part, count in parts.items()}
@@ -303,12 +337,16 @@ def main(mode, folder, count="1"):
             "publish": enumerate_crashes(folder / "publish", publishing, inspect_publishing, int(count)),
             "run": enumerate_crashes(folder / "run", creating_run, inspect_run, int(count)),
         }
+    if mode == "enumerate-in-place":
+        return enumerate_crashes(folder / "save", saving_in_place, inspect_in_place, 1)
     if mode == "kill":
         return kill_at_random(folder, int(count), save_well, load_well)
     if mode == "kill-in-place":
         return kill_at_random(folder, int(count), save_in_place, load_in_place)
     if mode == "file-size":
         return fill_disk(folder, range(0, 210_000, 210_000 // int(count)), limit_file_size)
+    if mode == "file-size-in-place":
+        return fill_disk_in_place(folder, range(0, 210_000, 210_000 // int(count)), limit_file_size)
     if mode == "full-disk":
         limits = range(0, 450_000, 450_000 // int(count))
         return fill_disk(folder, limits, leave_free(folder))

@@ -65,6 +65,7 @@ def test_a_bad_row_in_one_process_is_refused_by_both_before_the_update(two_proce
         assert "expected: a multiple of the 2 processes\n  received: 7" in not_shareable[1]
 
 
+@pytest.mark.row("R12")
 def test_one_process_resumes_what_two_began(two_processes, tiny, tmp_path):
     """The number of processes is no part of the state."""
     folder, ranks = two_processes

@@ -36,12 +36,16 @@ class Mixture(nn.Module):
         routing: Routing = self.router(hidden_states, self.slot.current())
         if not in_backward():
             self.slot.routing = routing
-        y = dispatch(hidden_states, routing, self.bank, **shareable(args, kwargs))
+        y = self.through_experts(hidden_states, routing, **shareable(args, kwargs))
         if self.universal is None:
             return y
         rest_R = 1 - routing.routing_weights.sum(-1).to(y.dtype)
         rest = rest_R.view(*y.shape[:-1], 1) if routing.per == "token" else rest_R.view(-1, *[1] * (y.ndim - 1))
         return y + rest * cast(Tensor, self.universal(hidden_states))
+
+    def through_experts(self, hidden_states: Tensor, routing: Routing, **extras: Any) -> Tensor:
+        """sum_k w_k E_{i_k}(x)"""
+        return dispatch(hidden_states, routing, self.bank, **extras)
 
 
 def shareable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

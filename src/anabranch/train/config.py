@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from anabranch.train.trackers import Tracker, check_tracker
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -27,8 +29,13 @@ class TrainConfig:
     deterministic: bool = True
     """Refuse operations that have no deterministic form, so that a resumed run is bitwise the uninterrupted one."""
     mixed_precision: Literal["no", "bf16"] = "no"
+    tracker: Tracker = "none"
+    """Who hears the numbers of metrics.jsonl as well."""
+    sharding: Literal["none", "full"] = "none"
+    """full: of several processes each keeps a part of the parameters, gradients and moments, not a copy of all."""
 
     def __post_init__(self) -> None:
+        check_tracker(self.tracker)
         for name in ("steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, received {getattr(self, name)}")
@@ -48,3 +55,5 @@ class TrainConfig:
             raise ValueError(f"optimizer: expected adamw or sgd, received {self.optimizer}")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f"mixed_precision: expected no or bf16, received {self.mixed_precision}")
+        if self.sharding not in ("none", "full"):
+            raise ValueError(f"sharding: expected none or full, received {self.sharding}")

@@ -8,7 +8,8 @@ there is no generator to store.
 
 Under a launcher (`torchrun --nproc_per_node N`) each process takes its contiguous share of the rows of the global
 batch; the loss must be a mean over rows. Buffers follow the first process. One small reduction a step carries the loss,
-and makes all processes stop, or refuse a step, together.
+and makes all processes stop, or refuse a step, together. With `sharding: full` each keeps its part of parameters,
+gradients and moments (sharded.py). A process that is lost ends the others with an error that says so.
 """
 
 import math
@@ -37,17 +38,19 @@ from anabranch.train.config import TrainConfig
 from anabranch.train.metrics import MeanWindow, MetricsWriter
 from anabranch.train.nonfinite import first_non_finite
 from anabranch.train.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from anabranch.train.processes import launched, on_cpu
+from anabranch.train.processes import launched, naming_the_lost, on_cpu, processes
 from anabranch.train.publish import DISK_ERRORS, clean_leftovers
 from anabranch.train.run_folder import differing_keys, exclusive, writing_to
 from anabranch.train.seeding import deterministic_algorithms, seeded, step_seed
+from anabranch.train.sharded import Shards
 from anabranch.train.signals import StopFlag
+from anabranch.train.trackers import open_tracker
 
 __all__ = ["Stream", "TrainConfig", "TrainResult", "local_rows", "train"]
 
 METRICS = "metrics.jsonl"
-RECORDING_ONLY = ("save_every", "log_every")
-"""Fields that may differ when a run is resumed: they change no number."""
+RECORDING_ONLY = ("save_every", "log_every", "tracker", "sharding")
+"""Fields that may differ when a run is resumed: they change no number, or none beyond the order of sums."""
 
 
 class Stream(Protocol):
@@ -82,11 +85,14 @@ def train(
     on_step  called in every process after each step with the number of finished steps and the step's scalars.
     report   called in the first process with lines for people.
     """
+    if run is None and config.tracker != "none":
+        raise UsageError("a tracker would hear nothing: without a run folder nothing is written", expected="a run")
     accelerator = _accelerator(config)
     origin = next(objective.parameters()).device
     with ExitStack() as stack:
         stop = stack.enter_context(StopFlag())
         stack.enter_context(deterministic_algorithms(config.deterministic))
+        stack.enter_context(naming_the_lost("the same command with --resume" if run is not None else None))
         loop = _Loop(objective, config, accelerator, run, report or (lambda line: None))
         loop.open(stack, resume)
         losses: list[float] = []
@@ -100,6 +106,7 @@ def train(
             if loop.stopping:
                 loop.raise_stopped()
         accelerator.wait_for_everyone()  # the last checkpoint exists before any process goes on
+        loop.make_whole()
     objective.to(origin)  # the caller's other tensors are where they were, and so is the model again
     images_seen = len(losses) * config.batch_size
     return TrainResult(step=loop.step, losses=losses, seconds=time.perf_counter() - started, images_seen=images_seen)
@@ -134,13 +141,25 @@ class _Loop:
         self.report = report if self.is_main else lambda line: None
         self.device: torch.device = accelerator.device
         self.metrics: MetricsWriter | None = None
-        objective.to(self.device).zero_grad(set_to_none=True)
+        self.origin = next(objective.parameters()).device
+        objective.zero_grad(set_to_none=True)
+        self.shards: Shards | None = None
+        if config.sharding == "full" and accelerator.num_processes > 1:
+            self.shards = Shards(objective, self.device)  # never the whole model on the device
+        else:
+            objective.to(self.device)
         self.optimizer = build_optimizer(objective, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.window = MeanWindow()
         self.step, self.stopping = 0, False
 
     # Opening and resuming ------------------------------------------------------------------------------------------
+
+    def make_whole(self) -> None:
+        """The objective as it came, with what it learned; all processes call this together."""
+        if self.shards is not None:
+            self.shards.restore(self.origin)
+            self.shards = None
 
     def open(self, stack: ExitStack, resume: bool) -> None:
         """Own the folder, go back to the newest good checkpoint, and only then wrap the model for several processes."""
@@ -157,12 +176,17 @@ class _Loop:
             self.restore(self.run)
             if self.is_main:
                 require_space(checkpoints, self.estimated_bytes())
-                self.metrics = stack.enter_context(MetricsWriter(self.run / METRICS, after_step=self.step))
-        self.model = self.accelerator.prepare_model(self.objective)
+                tracker = open_tracker(self.config.tracker, self.run, after_step=self.step)
+                writer = MetricsWriter(self.run / METRICS, after_step=self.step, tracker=tracker)
+                self.metrics = stack.enter_context(writer)
+        self.model = self.objective if self.shards else self.accelerator.prepare_model(self.objective)
         self.last_line = (self.step, time.perf_counter())
 
     def restore(self, run: Path) -> None:
-        loaded = load_checkpoint(run)
+        if self.shards is None:
+            loaded = load_checkpoint(run)
+        else:
+            loaded = _sharded_checkpoint().load_sharded(run, self.objective)
         if loaded is None:
             self.report("starting at step 0")
             return
@@ -170,7 +194,8 @@ class _Loop:
             self.report(f"skipped {path.name}: {reason}")
         checkpoint = loaded.checkpoint
         _check_same_config(checkpoint.config, _config_values(self.config))
-        _load_model(self.objective, checkpoint.model)
+        if self.shards is None:
+            _load_model(self.objective, checkpoint.model)
         load_optimizer_tensors(self.objective, self.optimizer, checkpoint.optimizer)
         self.window = MeanWindow(checkpoint.extra["window"])
         self.step = checkpoint.step
@@ -188,15 +213,15 @@ class _Loop:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = local_rows(batch, self.config.batch_size, rank, world)
         rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
+        if self.shards is not None:
+            self.shards.follow_first()
         if not self.objective.training:  # on_step may have evaluated
             self.objective.train()
         seed = step_seed(self.config.seed, self.step, rank)
         with seeded(seed, self.device):
             outputs = self.forward(self.model, rows)
             self.accelerator.backward(outputs["loss"])
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        logs = self.agree(outputs | {"grad_norm": norm}, stop)
+        logs, norm = self.agree(outputs, stop)
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
             self.refuse(batch, rows, seed, logs["loss"])
         self.update(norm)
@@ -204,20 +229,37 @@ class _Loop:
         self.window.add(logs)
         return logs
 
-    def agree(self, scalars: dict[str, Tensor], stop: StopFlag) -> dict[str, float]:
-        """The step's scalars, averaged over the processes, and in `stopping` whether any of them was told to stop.
+    def agree(self, scalars: dict[str, Tensor], stop: StopFlag) -> tuple[dict[str, float], Tensor]:
+        """The step's scalars, averaged over the processes, in `stopping` whether any was told to stop; and the norm.
 
         The one read from the device in a step: an update with NaN could not be taken back.
         """
+        world, shards = self.accelerator.num_processes, self.shards
+        norm = self.norm_or_square()
+        scalars = scalars | {"grad_norm": norm}
         names = sorted(scalars)
         values = torch.stack([scalars[name].detach().to(self.device).float().reshape(()) for name in names])
         self.stopping = stop.is_set
-        if self.accelerator.num_processes > 1:
-            flag = values.new_tensor([float(stop.is_set)])
-            *means, stopping = self.accelerator.reduce(torch.cat([values, flag]), reduction="mean").tolist()
-            self.stopping = stopping > 0
-            return dict(zip(names, means, strict=True))
-        return dict(zip(names, values.tolist(), strict=True))
+        if world == 1:
+            return dict(zip(names, values.tolist(), strict=True)), norm
+        flag = values.new_tensor([float(stop.is_set)])
+        used = values.new_empty(0) if shards is None else shards.usage(self.device)
+        found = self.accelerator.reduce(torch.cat([values, flag, used]), reduction="mean").tolist()
+        logs = dict(zip(names, found[: len(names)], strict=True))
+        self.stopping = found[len(names)] > 0
+        if shards is not None:
+            shards.forget_unused(found[len(names) + 1 :])
+            logs["grad_norm"] = math.sqrt(logs["grad_norm"] * world)
+            norm = values.new_tensor(logs["grad_norm"])
+        return logs, norm
+
+    def norm_or_square(self) -> Tensor:
+        """The norm of the gradient; where it is sharded, this process's part of its square."""
+        if self.shards is not None:
+            self.shards.finish_backward()
+            return self.shards.square()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients, foreach=True)
 
     def forward(self, module: nn.Module, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         bf16 = self.config.mixed_precision == "bf16"
@@ -226,7 +268,9 @@ class _Loop:
         return outputs
 
     def update(self, norm: Tensor) -> None:
-        if self.config.max_grad_norm is not None:
+        if self.shards is not None and self.config.max_grad_norm is not None:
+            self.shards.clip(self.config.max_grad_norm, float(norm))
+        elif self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
@@ -242,6 +286,7 @@ class _Loop:
                 self.forward(self.objective, rows)
 
         cause = first_non_finite(self.objective, batch, forward_again)
+        self.make_whole()
         step, hint = self.step + 1, "look at the named place, else a lower learning rate or a longer warm-up"
         if self.run is not None and self.is_main:
             replay = self.run / f"replay-step-{step}.safetensors"
@@ -277,8 +322,10 @@ class _Loop:
         self.report(line)
 
     def save(self) -> None:
-        if self.run is None or not self.is_main:
+        if self.run is None or not (self.is_main or self.shards):
             return
+        if self.shards is not None:
+            self.shards.follow_first()
         checkpoint = Checkpoint(
             step=self.step,
             model=self.objective.state_dict(),
@@ -287,9 +334,11 @@ class _Loop:
             world_size=self.accelerator.num_processes,
             extra={"window": self.window.to_json()},
         )
-        save_checkpoint(self.run, checkpoint)
+        save = save_checkpoint if self.shards is None else _sharded_checkpoint().save_sharded
+        save(self.run, checkpoint)
 
     def raise_stopped(self) -> NoReturn:
+        self.make_whole()
         saved = "nothing was saved: there is no run folder" if self.run is None else "its checkpoint is complete"
         hint = None if self.run is None else "the same command with --resume"
         raise Stopped(f"stopped on request after step {self.step} of {self.config.steps}; {saved}", hint=hint)
@@ -297,6 +346,7 @@ class _Loop:
 
 def _accelerator(config: TrainConfig) -> Any:
     """One process, or data-parallel ones. Autocast is our own: accelerate's would stay on the objective's forward."""
+    processes()  # connects, with our time limit
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision="no",
@@ -317,6 +367,12 @@ def _accelerator(config: TrainConfig) -> Any:
             received=config.batch_size,
         )
     return accelerator
+
+
+def _sharded_checkpoint() -> Any:
+    from anabranch.train import sharded_checkpoint  # torch's part of it takes two seconds to import
+
+    return sharded_checkpoint
 
 
 def _config_values(config: TrainConfig) -> dict[str, Any]:

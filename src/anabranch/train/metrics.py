@@ -3,12 +3,15 @@
 
 A process that dies while writing leaves at most a torn last line, which the reader passes over. A resumed run drops the
 lines beyond the step that it resumes from, so that each step is told once.
+
+A tracker (trackers.py) hears every number that is written here, and nothing else.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends lines after dropping those beyond `after_step` and a torn last one."""
+    """Appends lines after dropping those beyond `after_step` and a torn last one.
 
-    def __init__(self, path: Path, *, after_step: int = 0):
+    tracker    one of accelerate's, started; it is told what is written, and closed with the file
+    """
+
+    def __init__(self, path: Path, *, after_step: int = 0, tracker: Any = None):
+        self._tracker = tracker
         if path.exists():
             end = 0
             for line, offset in _lines(path):
@@ -38,9 +45,24 @@ class MetricsWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
+        if self._tracker is not None:
+            numbers = {name: value for name, value in finite.items() if value is not None}
+            self._tell(lambda tracker: tracker.log(numbers, step=step))
 
     def close(self) -> None:
         self._file.close()
+        if self._tracker is not None:
+            self._tell(lambda tracker: tracker.finish())
+            self._tracker = None
+
+    def _tell(self, what: Callable[[Any], object]) -> None:
+        """The file is the record; a tracker that fails is let go."""
+        try:
+            what(self._tracker)
+        except Exception as error:
+            name, self._tracker = getattr(self._tracker, "name", "?"), None
+            told = f"the tracker {name} failed and hears no more; metrics.jsonl goes on"
+            warnings.warn(f"{told}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -81,7 +103,7 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], int]]:
         try:
             line = json.loads(raw)
             complete = raw.endswith(b"\n") and isinstance(line["step"], int)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             complete = False
         if not complete:
             if number == len(raw_lines):

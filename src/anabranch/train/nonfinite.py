@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.train.sharded import local
+
 
 def first_non_finite(objective: nn.Module, batch: Mapping[str, Tensor], forward: Callable[[], Any]) -> str:
     """Name the first non-finite thing in the order of cause: the batch, a parameter, a module's output, a gradient.
@@ -61,4 +63,5 @@ def _tensors(output: Any) -> Iterable[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
+    tensor = local(tensor)  # what another process holds is its own to name, and asking it would have to be agreed
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -19,10 +19,10 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -35,6 +35,17 @@ RESERVED_STEMS = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port 
 MAX_JSON_BYTES = 16 * 2**20
 DISK_ERRORS = (OSError, SafetensorError)
 """safetensors reports a full disk as its own error, which is no OSError."""
+
+
+class Digest(NamedTuple):
+    """Size and sha-256 of a file that another process wrote and looked at."""
+
+    bytes: int
+    sha256: str
+
+
+class Digests(dict[str, Digest]):
+    """By the relative path of the file."""
 
 
 def publish_folder(write: Callable[[Path], None], target: Path, *, bytes_needed: int | None = None) -> Path:
@@ -70,8 +81,11 @@ def refuse_other_results(out: Path, result: str) -> None:
         )
 
 
-def replace_folder(write: Callable[[Path], None], target: Path, *, bytes_needed: int | None = None) -> Path:
-    """`publish_folder` without asking what the target holds; for folders that only we write."""
+def replace_folder(write: Callable[[Path], Any], target: Path, *, bytes_needed: int | None = None) -> Path:
+    """`publish_folder` without asking what the target holds; for folders that only we write.
+
+    `write` may return a `Digests`, so that large files are not read by one process alone.
+    """
     token = secrets.token_hex(4)
     new = target.parent / f".{target.name}.new-{token}"
     old = target.parent / f".{target.name}.old-{token}"
@@ -80,8 +94,8 @@ def replace_folder(write: Callable[[Path], None], target: Path, *, bytes_needed:
         clean_leftovers(target.parent)
         new.mkdir()
         with _alive(new):
-            write(new)
-            _seal(new)
+            known = write(new)
+            _seal(new, known if isinstance(known, Digests) else {})
             if target.exists():
                 os.rename(target, old)
             os.rename(new, target)
@@ -197,14 +211,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, known: Mapping[str, Digest]) -> None:
     """Make every file durable, then describe them all in the manifest."""
     entries = {}
     for name, path in _files(folder).items():
         if not is_safe_name(name):
             raise AnabranchError(f"cannot publish a file named {name!r}", expected="a portable name")
         sync(path)
-        entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entries[name] = (known.get(name) or digest_of(path))._asdict()
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": 1, "files": entries}, indent=1))
     sync(manifest)
@@ -235,6 +249,10 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise AnabranchError(f"{MANIFEST}: the entry of {name} is not a size and a sha-256")
     return entries
+
+
+def digest_of(path: Path) -> Digest:
+    return Digest(path.stat().st_size, _sha256(path))
 
 
 def _sha256(path: Path) -> str:

@@ -130,9 +130,12 @@ def _settle_config(path: Path, config: Mapping[str, Any], resume: bool) -> None:
         raise UsageError(f"{path} already holds a run", hint="--resume to go on with it, or another --out")
     try:
         config_before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not valid YAML", hint="another --out") from error
-    keys = differing_keys(config_before or {}, config_now)
+    if not isinstance(config_before, Mapping):
+        received = type(config_before).__name__
+        raise UsageError(f"{file} holds no settings", expected="a mapping", received=received, hint="another --out")
+    keys = differing_keys(config_before, config_now)
     if keys:
         raise UsageError(
             f"{path} was started with another configuration",

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of a run in which one is lost: `main(RUN, SHARDING, HOW, WHEN)`, or `python lost_worker.py ...`."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch._dynamo  # which optimisers import: before the processes are forked, not in each
+import torch.distributed.fsdp
+from tiny import TinyObjective, TinyStream
+
+from anabranch.errors import AnabranchError
+from anabranch.train import publish, sharded_checkpoint
+from anabranch.train.loop import TrainConfig, train
+from anabranch.train.processes import disconnect
+
+HOW = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+
+
+class Fatal(TinyObjective):
+    """Loses this process in the middle of its seventh step, when the others wait for its gradient."""
+
+    fatal = None
+    seen = 0
+
+    def forward(self, batch):
+        found = super().forward(batch)
+        self.seen += 1
+        if self.fatal is not None and self.seen == 7:
+            os.kill(os.getpid(), self.fatal)
+        return found
+
+
+def main(run, sharding, how="", when=""):
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    objective = Fatal(dropout=0.3, batch_norm=False)
+    if how and when == "step" and rank == world - 1:
+        objective.fatal = HOW[how]
+    if how and when == "save":
+        lose_while_saving(HOW[how], rank, world, sharding)
+    config = TrainConfig(
+        steps=12, batch_size=8, learning_rate=1e-2, save_every=5, log_every=4, sharding=sharding
+    )  # fmt: skip
+    try:
+        train(objective, TinyStream(), config, Path(run), resume=Path(run).exists())
+    except AnabranchError as error:
+        print(error, flush=True)
+        sys.exit(error.exit_code)
+    disconnect()
+
+
+def lose_while_saving(number, rank, world, sharding):
+    """At the second save: the first process when everything but the manifest is written; of shards the last one's."""
+    saves = []
+
+    def second(function):
+        def wrapped(*arguments):
+            saves.append(None)
+            if len(saves) == 2:
+                os.kill(os.getpid(), number)
+            return function(*arguments)
+
+        return wrapped
+
+    if sharding == "full" and rank == world - 1:
+        sharded_checkpoint.gathered_digests = second(sharded_checkpoint.gathered_digests)
+    if sharding == "none" and rank == 0:
+        publish._seal = second(publish._seal)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
