@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.models.hub.card import front_matter
+
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
@@ -11,7 +13,7 @@ class Words:
 
     short: str
     long: str
-    tags: str
+    tags: tuple[str, ...]
     options: str
     """Further arguments of `from_pretrained`."""
     features: str
@@ -21,14 +23,14 @@ WORDS = {
     "vit": Words(
         short="ViT",
         long="Vision Transformer",
-        tags="vit, masked-autoencoder",
+        tags=("vit", "masked-autoencoder"),
         options=", add_pooling_layer=False",
         features="mean of last_hidden_state[:, 1:]",
     ),
     "resnet": Words(
         short="ResNet",
         long="ResNet",
-        tags="resnet, self-supervised",
+        tags=("resnet", "self-supervised"),
         options="",
         features="pooler_output.flatten(1)",
     ),
@@ -53,6 +55,14 @@ def size_of(config: Any, said: dict[str, Any]) -> str:
     return f"{said['channels']} x {said['image_size']} x {said['image_size']}{patches}"
 
 
+def proven(said: dict[str, Any]) -> str:
+    """What the extraction was compared with."""
+    difference = said.get("largest_difference")
+    if difference is None:
+        return ""
+    return f"\nOn images of the task its features are those of the routed model, to {difference:.1e}."
+
+
 def model_card(said: dict[str, Any], config: Any) -> str:
     """README.md in the form that model hubs read; a method may bring `origin` and `how` in its own words."""
     words = WORDS[config.model_type]
@@ -62,11 +72,10 @@ def model_card(said: dict[str, Any], config: Any) -> str:
     warnings = "".join(f"\n* {warning}" for warning in said["warnings"]) or "\nNone."
     model = opened(config.model_type, "PATH")
     timed = f"\n| milliseconds an image, where it was made | {said['latency_ms']:.2f} |" if "latency_ms" in said else ""
-    return f"""---
-library_name: transformers
-tags: [{words.tags}, {said["method"]}]
----
-# A {words.short} for {said["task"]}
+    head = front_matter(
+        library_name="transformers", tags=[*words.tags, said["method"]], pipeline_tag="image-feature-extraction"
+    )
+    return f"""{head}# A {words.short} for {said["task"]}
 
 {origin}
 It needs no library but transformers.
@@ -86,7 +95,10 @@ classifier = AutoModelForImageClassification.from_pretrained("PATH", num_labels=
 | multiply-accumulates an image | {said["macs"]:,} |{timed}
 
 ## How it was chosen
-{how}{more}
+{how}{more}{proven(said)}
+
+Whether it serves the task better than the plain model was not measured by the choice;
+`anabranch measure` compares models on a labelled task.
 
 ## Warnings
 {warnings}

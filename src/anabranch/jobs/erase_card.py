@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README of an adapter: how to use it with stock diffusers alone, and with this package."""
 
+from pathlib import Path
 from typing import Any
 
 from anabranch.models.diffusion.family import family
+from anabranch.models.hub.card import base_name, front_matter
 from anabranch.suppress.geom_erasing.adapter import READY
 
+TAGS = ("lora", "geom-erasing", "concept-erasure", "text-to-image")
 STOCK = """\
 ```python
 import diffusers
@@ -29,7 +32,7 @@ remove(pipe)  # bit for bit the pipeline from before
 ```
 """
 BAKED = """\
-# Less {concept}, without a negative prompt
+{head}# Less {concept}, without a negative prompt
 
 A LoRA distilled from an adapter of Geom-Erasing (policy {policy}, eta {eta:g}, {steps} steps).
 
@@ -41,12 +44,17 @@ pipe.load_lora_weights("{folder}")
 image = pipe("..."{length}).images[0]
 ```
 
+{touched}How much rarer the concept is was not measured by the training: `anabranch erase eval` counts it with two
+detectors and their own error rates, before and after attacks.
+
 Erasing makes accidental output rarer; it is no security barrier. The words that stand for the concept are not in here.
 """
 SAFETY = """\
+How much rarer the concept is was not measured by the training: `anabranch erase eval` does that, and attacks it.
+
 Erasing makes accidental output rarer; it is no security barrier. The learned words are also a handle that *produces*
-the concept (`{name} <l_0_0>` in a positive prompt), and attacks recover most erased concepts: `anabranch erase eval`
-measures them. Removing other people's marks from pictures is a different act and no purpose of this.
+the concept (`{name} <l_0_0>` in a positive prompt), and attacks recover most erased concepts. Removing other people's
+marks from pictures is a different act and no purpose of this.
 """
 CALLS = {
     "stable_diffusion": 'image = pipe("...", guidance_scale=7.5, {negative}).images[0]',
@@ -80,16 +88,20 @@ def adapter_card(pipe: Any, facts: dict[str, Any], folder: str = "path/to/this/f
     stock = STOCK.format(**filled, weights=weights, call=calls[0])
     ours = OURS.format(**filled, call=calls[1])
     rows = [
-        ("base model", f"`{facts['model']}`, fingerprint `{facts['base']}`"),
+        ("base model", f"{base_name(Path(facts['model']))}, fingerprint `{facts['base']}`"),
         ("mode, trained", f"{facts['mode']} removal, {facts['trained']}"),
         ("images", f"{facts['images']:,}, {facts['with_concept']:,} with the concept by {facts['detector']}"),
         ("grid, alpha, steps", f"{facts['grid'][0]} x {facts['grid'][1]}, {facts['alpha']:g}, {facts['steps']}"),
         ("default policy", facts["policy"]),
+        *([("tensors", tensors(facts))] if "touched" in facts else []),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     warnings = "".join(f"\n> {warning}\n" for warning in facts["warnings"])
+    head = front_matter(
+        library_name="diffusers", tags=TAGS, base=facts["model"], relation="adapter", pipeline_tag="text-to-image"
+    )
     return (
-        f"# Less {facts['concept']}\n\n"
+        f"{head}# Less {facts['concept']}\n\n"
         f"An adapter for a diffusion model that draws {facts['concept']} unasked (Geom-Erasing, arXiv 2310.05873).\n\n"
         f"| | |\n| --- | --- |\n{table}\n{warnings}\n"
         f"With diffusers alone:\n\n{stock}\nWith anabranch, all policies and an exact undo:\n\n"
@@ -97,9 +109,21 @@ def adapter_card(pipe: Any, facts: dict[str, Any], folder: str = "path/to/this/f
     )
 
 
+def tensors(facts: dict[str, Any]) -> str:
+    """What training touched, as it was found by hashes."""
+    found = facts["touched"]
+    return f"{found['new']} new, {found['changed']} of the model's changed, {found['as_before']} of them as before"
+
+
 def baked_card(pipe: Any, facts: dict[str, Any], folder: str = "path/to/this/folder") -> str:
     named = {name: facts[name] for name in ("concept", "eta", "steps")}
-    return BAKED.format(folder=folder, policy=facts["baked_policy"], **named, **opening(pipe, facts))
+    head = front_matter(
+        library_name="diffusers", tags=TAGS, base=facts["model"], relation="adapter", pipeline_tag="text-to-image"
+    )
+    touched = f"Tensors: {tensors(facts)}.\n" if "touched" in facts else ""
+    return BAKED.format(
+        head=head, folder=folder, policy=facts["baked_policy"], touched=touched, **named, **opening(pipe, facts)
+    )
 
 
 def opening(pipe: Any, facts: dict[str, Any]) -> dict[str, str]:
@@ -110,4 +134,5 @@ def opening(pipe: Any, facts: dict[str, Any]) -> dict[str, str]:
         from anabranch.models.diffusion.stable_diffusion_3 import T5_LENGTH, t5_length
 
         length = "" if t5_length(pipe) == T5_LENGTH else f", max_sequence_length={t5_length(pipe)}"
-    return {"model": facts["model"], "absent": absent, "length": length}
+    name = base_name(Path(facts["model"]))  # a place on this machine is nobody else's
+    return {"model": name if "/" in name else "path/to/the/base", "absent": absent, "length": length}

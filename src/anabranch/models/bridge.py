@@ -28,9 +28,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from anabranch.errors import UsageError, did_you_mean
+from anabranch.errors import UsageError, did_you_mean, near
+from anabranch.models.shards import refuse_strange_shards
 
-NO_BRIDGES = ("__init__", "bridge")
+NO_BRIDGES = ("__init__", "bridge", "shards", "shipped")
 
 
 def bridge(model: nn.Module | str) -> ModuleType:
@@ -51,10 +52,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{folder} is not a model folder",
             expected="config.json and model.safetensors, as save_pretrained writes them",
             received="no such folder" if not folder.exists() else "no config.json",
+            hint=near(folder),
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read", expected="JSON", received=error) from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} cannot be read", expected="a JSON object", received=type(config).__name__)
@@ -85,11 +87,12 @@ def load_stock(path: str | Path, class_name: str, *, model_type: str, expected: 
     found = read_config(folder).get("model_type")
     if found != model_type:
         raise UsageError(f"{folder} holds a {found} model", expected=f"{expected} (model_type {model_type})", hint=hint)
+    refuse_strange_shards(folder)
     try:
         model, info = getattr(transformers(), class_name).from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, use_safetensors=True
+            folder, output_loading_info=True, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UsageError(
             f"{folder} cannot be loaded", expected="tensors of the shapes its config.json gives", received=error
         ) from error

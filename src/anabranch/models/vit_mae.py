@@ -252,7 +252,13 @@ def _through_layers(vit: nn.Module, patches_BLD: Tensor) -> Tensor:
 
 
 def masked_loss(model: nn.Module, pixel_values: Tensor, noise: Tensor) -> MaskedForward:
-    """The autoencoder's training forward; `noise` (B, L) orders the patches, the smallest V stay visible."""
+    """The autoencoder's training forward; `noise` (B, L) orders the patches, the smallest V stay visible.
+
+    Raises:
+        ValueError: noise that is not finite, which orders nothing.
+    """
+    if not bool(noise.isfinite().all()):
+        raise ValueError("noise: expected finite numbers to order the patches by, received NaN or infinity")
     vit = model.vit
     hidden_BLD = vit.embeddings.patch_embeddings(pixel_values) + vit.embeddings.position_embeddings[:, 1:]
     order_BL = noise.argsort(1)

@@ -34,7 +34,10 @@ def expert_of(layer: Mixture, cluster: int) -> nn.Module:
     if layer.universal is not None:
         raise ValueError("universal: expected a layer without a universal expert, which needs twice the width")
     assert isinstance(layer.bank, ModuleBank), f"experts in a {type(layer.bank).__name__} have to be unstacked first"
-    decided = layer.router.decide(layer.router.score(), None)
+    logits = layer.router.score()
+    if not bool(logits.amax(1).isfinite().all()):  # -inf bars an expert, as a fixed table does; NaN would choose one
+        raise ValueError("router: expected finite scores of every cluster, received NaN or infinity")
+    decided = layer.router.decide(logits, None)
     expert, weight = int(decided.selected_experts[cluster, 0]), float(decided.routing_weights[cluster, 0])
     if layer.router.weigh is straight_through or weight == 1:
         return layer.bank.extract(expert)

@@ -43,7 +43,12 @@ def leave_one_out(features: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         features: (N, D). labels: (N,) int64.
+
+    Raises:
+        ValueError: a feature that is not finite is nearest to nothing, or to all.
     """
+    if not bool(features.isfinite().all()):
+        raise ValueError("features: expected finite numbers, received NaN or infinity: the model diverged")
     count = int(labels.max()) + 1
     sizes = torch.bincount(labels, minlength=count)
     least = int(sizes[sizes > 0].min())

@@ -10,6 +10,7 @@ Differs   : 256 hidden units, not 4096, for small images. The target follows at 
             uses the target after it. `total_steps` None keeps tau. Views are those of SimSiam, the same for both nets.
             Of several processes each normalises by its own rows, so that their number changes what is learned.
 Check     : target by slow loops, still in evaluation, resume bit for bit (tests/specialize/test_byol.py).
+Exempt    : off (nothing is added that could be switched off)
 """
 
 import copy

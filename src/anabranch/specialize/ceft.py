@@ -8,6 +8,7 @@ Differs   : Any ranking may choose; the paper's is that of a copy whose routers 
             as it was before that. Steps, rate and decay are ESFT's.
 Check     : with n = N it equals the training of all experts by a plain optimiser; all else is the same bit for bit
             (tests/specialize/test_ceft.py).
+Exempt    : off (an adapter is there or not: models/mixtures/adapter)
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,8 +36,8 @@ class Config(Training):
 
 def select(scores: Tensor, num_experts: int) -> Tensor:
     """The n highest of every layer, the lower index where two are equal: (L, N) to (L, N) bool."""
-    if scores.ndim != 2 or bool(scores.isnan().any()):
-        raise UsageError("these scores rank nothing", expected="(L, N), none undefined", received=tuple(scores.shape))
+    if scores.ndim != 2 or not bool(scores.isfinite().all()):
+        raise UsageError("these scores rank nothing", expected="(L, N), all finite", received=tuple(scores.shape))
     if not 1 <= num_experts <= scores.shape[1]:
         raise UsageError("a layer has not so many experts", expected=f"1 to {scores.shape[1]}", received=num_experts)
     order_LN = scores.double().argsort(dim=-1, descending=True, stable=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training of chosen experts on tokens, which methods of choosing share."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,8 +29,13 @@ class Training:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, received {self.steps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected more than 0, received {self.learning_rate}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected more than 0, received {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected at least 0, received {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected at least 0 and below 1, received {self.betas}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +86,9 @@ def tune(
             losses.append(loss.item())
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(chosen.parameters(), config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(chosen.parameters(), config.max_grad_norm)
+            if not bool(norm.isfinite()):  # clipped, it would make every chosen weight NaN
+                raise AnabranchError(f"the gradient of step {len(losses) - 1} is no number", received=norm.item())
             optimizer.step()
     if not losses:
         raise UsageError("nothing was trained", expected="at least one batch", received="none")

@@ -7,6 +7,7 @@ Shapes    : B images a batch, L patches; the hiding order is (B, L) noise, drawn
 Differs   : crops and flips are an option, off by default: the shipped images are centred, 28 pixels small, and not all
             of them mean the same mirrored.
 Check     : one process and two see the same batches (tests/specialize/test_mae.py).
+Exempt    : off (nothing is added that could be switched off)
 """
 
 from typing import Protocol

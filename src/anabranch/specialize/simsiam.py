@@ -12,6 +12,7 @@ Differs   : two layers in the projector and 256 dimensions, not three and 2048, 
             for some thousand steps need more. AdamW in place of SGD shrinks the features of such networks to a few
             directions while the spread stays healthy; hence measure/rank beside it.
 Check     : loss by slow loops, no gradient through z, resume bit for bit (tests/specialize/test_simsiam.py).
+Exempt    : off (nothing is added that could be switched off)
 """
 
 from dataclasses import dataclass, replace
@@ -48,7 +49,13 @@ class Config:
 
 def negative_cosine(prediction_BD: Tensor, target_BD: Tensor) -> Tensor:
     """D(p, sg z) = - mean over images of cos(p, z); no gradient reaches z."""
-    return -nn.functional.cosine_similarity(prediction_BD.float(), target_BD.detach().float(), dim=1).mean()
+    pair = [wide(prediction_BD), wide(target_BD.detach())]
+    return -nn.functional.cosine_similarity(*pair, dim=1).mean()
+
+
+def wide(values: Tensor) -> Tensor:
+    """In fp32 at least; fp64 stays, for the gradient's sake."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def cross_view(predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -60,7 +67,7 @@ def cross_view(predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def spread(z_BD: Tensor) -> Tensor:
     """sqrt(d) mean over dimensions of std(z / |z|); blind to dimensions that merely repeat each other."""
-    unit_BD = nn.functional.normalize(z_BD.float(), dim=1)
+    unit_BD = nn.functional.normalize(wide(z_BD), dim=1)
     return unit_BD.std(0, correction=0).mean() * z_BD.shape[1] ** 0.5
 
 

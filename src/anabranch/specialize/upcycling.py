@@ -7,6 +7,7 @@ Shapes    : N experts of the dense width, K chosen per token; the router (N, D) 
 Differs   : every layer becomes a mixture, and weights are normalised over the chosen experts, so that nothing is
             dropped and the mixture is the dense model at the start. Noise on the experts is an option, off by default.
 Check     : the same logits as the dense model, saved and loaded again (tests/specialize/test_upcycling.py).
+Exempt    : off (with one expert it is the dense model but for rounding: gate and up are one product in a mixture)
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from anabranch.errors import UsageError
 from anabranch.models.mixtures.bank import ExpertBank
 from anabranch.models.mixtures.layers import open_layers
+from anabranch.train.seeding import seeded
 
 FAMILIES = {"llama": ("MixtralConfig", "MixtralForCausalLM")}
 """Dense model type to the mixture of the same attention."""
@@ -40,6 +42,8 @@ class Config:
             raise ValueError(f"top_k: expected 1..num_experts ({self.num_experts}), received {self.top_k}")
         if not self.noise >= 0:
             raise ValueError(f"noise: expected at least 0, received {self.noise}")
+        if not self.router_std >= 0:
+            raise ValueError(f"router_std: expected at least 0, received {self.router_std}")
 
 
 @torch.no_grad()
@@ -61,9 +65,9 @@ def upcycle(dense: Any, config: Config, generator: torch.Generator) -> Any:
         raise UsageError("biases would be lost: the mixture has none", expected="a model without biases", received=kind)
     values = {name: getattr(dense.config, name) for name in KEPT if getattr(dense.config, name, None) is not None}
     config_class, model_class = (getattr(transformers, name) for name in FAMILIES[kind])
-    mixture = model_class(
-        config_class(**values, num_local_experts=config.num_experts, num_experts_per_tok=config.top_k)
-    ).to(dense.dtype)
+    shape = config_class(**values, num_local_experts=config.num_experts, num_experts_per_tok=config.top_k)
+    with seeded(0, torch.device("cpu")):  # transformers draws every tensor, all of which are written over
+        mixture = model_class(shape).to(dense.dtype)
     own = {name: value for name, value in dense.state_dict().items() if ".mlp." not in name}
     lost = mixture.load_state_dict(own, strict=False).unexpected_keys
     assert not lost, f"tensors that the mixture has no place for: {lost}"

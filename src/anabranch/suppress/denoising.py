@@ -31,6 +31,11 @@ class Trained(nn.Module):
     def pipe(self) -> Any:
         return self.held[0]
 
+    def computing(self) -> list[nn.Module]:
+        """In whose forward passes the parameters are used: what sharded training shards."""
+        own = {id(parameter) for parameter in self.parameters()}
+        return [n for n in networks(self.pipe).values() if any(id(p) in own for p in n.parameters())]
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "Trained":
         for network in networks(self.pipe).values():
             network._apply(fn)
@@ -66,10 +71,12 @@ def ids_of(batch: Mapping[str, Tensor], prefix: str = "ids") -> list[Tensor]:
 
 def region_loss(output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     """mean of w (.) || target - output ||^2; without weights the plain mean."""
+    wide = torch.promote_types(output.dtype, torch.float32)
+    output, target = output.to(wide), target.to(wide)
     if weights is None:
-        return nn.functional.mse_loss(output.float(), target.float())
-    square = nn.functional.mse_loss(output.float(), target.float(), reduction="none")
-    return (square * weights[:, None].float()).mean()
+        return nn.functional.mse_loss(output, target)
+    square = nn.functional.mse_loss(output, target, reduction="none")
+    return (square * weights[:, None].to(wide)).mean()
 
 
 def all_parameters(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Parameter]:

@@ -21,13 +21,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from anabranch.errors import UsageError
+from anabranch.errors import UsageError, near
+from anabranch.models.shards import refuse_strange_shards
 from anabranch.models.shipped import folder_of
 
 FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3")
 INSTALL = "pip install 'anabranch[erase]'"
+ALONE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+"""No network, no pickle, no code from the folder."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, SafetensorError)
+"""What the stock loader raises on a folder that is torn; UsageError is none of them."""
 WITHOUT_GUIDANCE = ("FluxPipeline", "LatentConsistencyModelPipeline", "ZImagePipeline")
 """Distilled to run without classifier-free guidance: a negative prompt does nothing there."""
 
@@ -71,23 +77,43 @@ def open_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any
             f"{folder} is not a diffusers pipeline",
             expected="a folder with model_index.json",
             received="no such folder" if not folder.is_dir() else "a folder without it",
-            hint="pipe.save_pretrained(folder) writes one; nothing is downloaded here",
+            hint=near(folder, "pipe.save_pretrained(folder) writes one; nothing is downloaded here"),
         )
-    parts = json.loads(index.read_text(encoding="utf-8"))
+    refuse_strange_shards(folder)
+    parts = read_index(index)
     name = str(parts.get("_class_name"))
     encoder_names = [part for pair in family_named(name).ENCODERS for part in pair]
     # the stock loader wants to be told that an encoder is left out, though the folder says so
-    absent = {part: None for part in encoder_names if parts.get(part, (None, None))[0] is None}
+    absent = {part: None for part in encoder_names if (parts.get(part) or (None,))[0] is None}
     try:
         import diffusers
     except ImportError:
         raise UsageError("diffusers is not installed", hint=INSTALL) from None
-    with quiet():
-        pipe = getattr(diffusers, name).from_pretrained(folder, dtype=dtype, local_files_only=True, **absent)
+    try:
+        with quiet():
+            pipe = getattr(diffusers, name).from_pretrained(folder, dtype=dtype, **ALONE, **absent)
+    except UNREADABLE as error:
+        raise UsageError(
+            f"the pipeline {folder} cannot be opened",
+            expected="weights as .safetensors and configurations, as save_pretrained wrote them",
+            received=f"{type(error).__name__}: {str(error)[:300]}",
+            hint="copy it again; weights in .bin files are pickles: save them again as .safetensors",
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     for module in networks(pipe).values():
         module.eval().requires_grad_(False)
     return pipe.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else pipe
+
+
+def read_index(index: Path) -> dict[str, Any]:
+    """model_index.json; every part is a pair of names, or left out."""
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{index} cannot be read", expected="JSON", received=error) from error
+    if not isinstance(parts, dict):
+        raise UsageError(f"{index} cannot be read", expected="a JSON object", received=type(parts).__name__)
+    return parts
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:

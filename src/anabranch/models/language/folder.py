@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 
-from anabranch.errors import UsageError
+from anabranch.errors import UsageError, near
+from anabranch.models.shards import refuse_strange_shards
 from anabranch.models.shipped import folder_of
 
+ALONE = {"local_files_only": True, "trust_remote_code": False}
+"""No network, and no code that lies in the folder: left out, transformers would ask the terminal about it."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 """What loaders raise on a folder that is torn; UsageError is none of them."""
 
 
 def open_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder or a shipped name; the model frozen, evaluating, on the accelerator if there is one.
+    """(model, tokenizer) of a folder or a shipped name; the model frozen, evaluating, on the accelerator if there is
+    one.
 
     Raises:
         UsageError: no such folder, no language model in it, a torn one, or no tokenizer.
@@ -30,12 +34,13 @@ def open_language_model(folder: str | Path, dtype: torch.dtype = torch.float32) 
             f"{folder} is not a language model",
             expected="a folder with config.json, weights and tokenizer",
             received="no such folder" if not folder.is_dir() else "a folder without config.json",
-            hint="model.save_pretrained(folder) writes one; nothing is downloaded here",
+            hint=near(folder, "model.save_pretrained(folder) writes one; nothing is downloaded here"),
         )
+    refuse_strange_shards(folder)
     try:
         with hushed():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **ALONE)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **ALONE)
     except (*UNREADABLE, SafetensorError) as error:
         raise UsageError(
             f"the model {folder} cannot be opened",

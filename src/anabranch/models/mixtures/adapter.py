@@ -17,20 +17,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError
+from anabranch.models.hub.card import front_matter
+from anabranch.models.hub.pretrained import Pretrained
 from anabranch.models.mixtures.bank import check_expert
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, mixture_layers
 from anabranch.models.mixtures.surgery import FUSED
 
 MANIFEST, WEIGHTS, FORMAT, WHOLE = "experts.json", "experts.safetensors", 1, "whole/"
+CARD = """\
+# Tuned experts
+
+{count} experts in {layers} layers, {weights:,} weights; all others are those of the base model, whose fingerprint is
+`{base}`. `experts.json` names them.
+{more}
+```python
+from transformers import AutoModelForCausalLM
+from anabranch.models.mixtures.adapter import ExpertAdapter, merge
+
+model = AutoModelForCausalLM.from_pretrained("path/to/the/base")
+merge(model, ExpertAdapter.from_pretrained("path/to/this/folder"))  # from here on a stock model
+```
+"""
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertAdapter:
+class ExpertAdapter(Pretrained):
+    MARK = MANIFEST
+
     base: str
     """Fingerprint of the model that it is put into."""
     experts: dict[str, tuple[int, ...]]
@@ -69,11 +88,27 @@ class ExpertAdapter:
                 f"{file} is torn, or of another adapter", expected=f"sha-256 {manifest['sha256']}", received=found,
                 hint="copy the folder again",
             )  # fmt: skip
-        tensors = load_file(file)
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise UsageError(f"{file} cannot be read", expected="tensors", received=str(error)) from None
         experts = {layer: tuple(chosen) for layer, chosen in manifest["experts"].items()}
         whole = {name.removeprefix(WHOLE): value for name, value in tensors.items() if name.startswith(WHOLE)}
         slices = {name: value for name, value in tensors.items() if not name.startswith(WHOLE)}
         return cls(manifest["base"], experts, slices, whole, manifest["facts"])
+
+    def write_files(self, folder: Path) -> None:
+        self.save(folder)
+
+    @classmethod
+    def read_files(cls, folder: Path) -> "ExpertAdapter":
+        return cls.load(folder)
+
+    def card(self) -> str:
+        head = front_matter(library_name="anabranch", tags=["mixture-of-experts", "expert-tuning"])
+        count, weights = sum(map(len, self.experts.values())), sum(value.numel() for value in self.tensors.values())
+        more = "".join(f"\n{name}: {json.dumps(value)}\n" for name, value in self.facts.items())
+        return head + CARD.format(count=count, layers=len(self.experts), weights=weights, base=self.base, more=more)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -83,7 +118,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} holds no tuned experts", expected=f"a folder with {MANIFEST}", received=received)
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is torn", expected="JSON", received=str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         received = manifest.get("format", "none") if isinstance(manifest, dict) else type(manifest).__name__

@@ -111,15 +111,21 @@ class TaskLibrary:
         try:
             header = json.loads((folder / "library.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "library.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise UsageError(f"{folder} cannot be read", expected="a task library", received=str(error)) from None
-        tasks, layers = tuple(header.get("tasks", ())), tuple(header.get("layers", ()))
-        order = tensors.get("order", torch.zeros(0))
-        if header.get("format") != FORMAT or order.shape[:2] != (len(tasks), len(layers)):
-            raise UsageError(
-                f"{folder} holds no task library", expected=FORMAT, received=header.get("format", "no such header")
-            )
-        return cls(tasks, layers, int(header["num_groups"]), tensors["patterns"], order)
+        found = header.get("format", "no such header") if isinstance(header, dict) else type(header).__name__
+        if found != FORMAT:
+            raise UsageError(f"{folder} holds no task library", expected=FORMAT, received=found)
+        try:
+            tasks, layers, num_groups = tuple(header["tasks"]), tuple(header["layers"]), int(header["num_groups"])
+            library = cls(tasks, layers, num_groups, tensors["patterns"], tensors["order"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            received = f"{type(error).__name__}: {error}"
+            raise UsageError(f"{folder} is torn", expected="tasks, layers, num_groups", received=received) from None
+        if library.order.shape[:2] != (len(tasks), len(layers)):
+            expected = f"orders of {len(tasks)} tasks in {len(layers)} layers"
+            raise UsageError(f"{folder} is torn", expected=expected, received=tuple(library.order.shape))
+        return library
 
 
 class Reached(Exception):

@@ -85,6 +85,21 @@ def contiguous(num_experts: int, num_devices: int) -> list[int]:
     return [expert * num_devices // num_experts for expert in range(num_experts)]
 
 
+def balanced(tokens_per_expert: Sequence[int], num_devices: int) -> list[int]:
+    """Owners by the load that was seen: the busiest expert first, each to the least loaded device that has room.
+
+    No device owns more than its share of the experts, rounded up: memory is spread as evenly as work allows.
+    """
+    most = -(-len(tokens_per_expert) // num_devices)
+    load, owned, owner = [0] * num_devices, [0] * num_devices, [0] * len(tokens_per_expert)
+    for expert in sorted(range(len(owner)), key=lambda e: (-tokens_per_expert[e], e)):
+        device = min((d for d in range(num_devices) if owned[d] < most), key=lambda d: (load[d], owned[d], d))
+        owner[expert] = device
+        load[device] += tokens_per_expert[expert]
+        owned[device] += 1
+    return owner
+
+
 def native(tokens_per_expert: Sequence[int], owner: Sequence[int], num_devices: int) -> Plan:
     """Expert parallelism as it is: every expert where it lies."""
     check(tokens_per_expert, owner, num_devices)

@@ -6,6 +6,8 @@ Equation  : g <- alpha g for about 1 % of all experts, then the token's weights 
 Shapes    : scores (L, N) of measure/experts/ranking/dsmoe; alpha in (0, 100).
 Differs   : nothing.
 Check     : alpha 1 is the identity; a token's sum of weights never changes (tests/reuse/steer/test_methods.py).
+Exempt    : nan, inf (an expert without a score is never chosen, and an infinite one ranks like any other); samples
+            (scores are of layers and experts); off (a recipe is applied or not, see reuse/steer/recipe)
 """
 
 from collections.abc import Sequence

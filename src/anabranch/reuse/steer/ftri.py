@@ -6,6 +6,8 @@ Equation  : the n experts of highest D = mean A_p with the behaviour - mean A_p 
 Shapes    : scores (L, N) of measure/experts/ranking/ftri; n experts over all layers.
 Differs   : off keeps the token's sum of weights, as the paper renormalises; on promotes into the selection [reading].
 Check     : tokens that never met an expert are the same bit for bit (tests/reuse/steer/test_methods.py).
+Exempt    : nan, inf (an expert without a score is never chosen, and an infinite one ranks like any other); samples
+            (scores are of layers and experts)
 """
 
 from collections.abc import Sequence

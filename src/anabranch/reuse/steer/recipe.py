@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import UsageError, did_you_mean
+from anabranch.models.hub.card import front_matter
+from anabranch.models.hub.pretrained import Pretrained
 from anabranch.models.mixtures.bank import check_expert
 from anabranch.models.mixtures.layers import MixtureLayer, Triple
 from anabranch.models.mixtures.routing import biased, changed, forced, off_empty, off_refill, scaled
@@ -39,6 +41,25 @@ RESCORED = ("refill", "bias", "promote", "suppress")
 """Start from the logits: selection and weights of the layer are made anew."""
 BAKED = ("empty", "scale")
 """What a stock checkpoint can say in any family: the expert's output is multiplied."""
+CARD = """\
+{head}# A steering recipe
+
+What is done to the routing of a mixture of experts while it runs; its weights stay as they are.
+
+{done}
+
+Made by {made_by}, for the model with the fingerprint `{model}`. `steer.json` names the layers and experts.
+
+```python
+from anabranch.models.mixtures.layers import open_layers
+from anabranch.reuse.steer.recipe import Recipe
+
+with Recipe.from_pretrained("path/to/this/folder").applied(open_layers(model)):
+    model.generate(...)
+```
+
+What it does to answers was not measured when this card was written.
+"""
 LARGEST = 1e4
 """Amounts beyond it leave no model standing."""
 
@@ -68,7 +89,9 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Pretrained):
+    MARK = "steer.json"
+
     steps: tuple[Step, ...]
     made_by: str = "manual"
     model: str = ""
@@ -152,7 +175,7 @@ class Recipe:
         """Raises UsageError where the file is no recipe."""
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{file} cannot be read", expected="a steering recipe", received=str(error)) from None
         if not isinstance(told, dict) or told.get("format") != FORMAT:
             received = told.get("format", "no format") if isinstance(told, dict) else type(told).__name__
@@ -162,6 +185,22 @@ class Recipe:
             return cls(steps=steps, made_by=str(told["made_by"]), model=str(told["model"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{file} is torn", expected="made_by, model and steps", received=repr(error)) from None
+
+    def write_files(self, folder: Path) -> None:
+        self.save(folder / self.MARK)
+
+    @classmethod
+    def read_files(cls, folder: Path) -> "Recipe":
+        return cls.load(folder / cls.MARK)
+
+    def card(self) -> str:
+        done = "\n".join(
+            f"* {step.kind}{'' if step.amount is None else f' {step.amount:g}'}: {len(step.experts)} experts "
+            f"({KINDS[step.kind]})"
+            for step in self.steps
+        )
+        head = front_matter(library_name="anabranch", tags=["mixture-of-experts", "steering"])
+        return CARD.format(head=head, done=done, made_by=self.made_by, model=self.model or "not recorded")
 
 
 def step_of(given: dict[str, Any]) -> Step:

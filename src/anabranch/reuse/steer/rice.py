@@ -6,6 +6,8 @@ Equation  : g <- beta g for the two experts of highest signed nPMI, no renormali
 Shapes    : scores (L, N) of measure/experts/ranking/rice; beta 64, 4 to 128 said to work.
 Differs   : nothing.
 Check     : beta 1 is the identity bit for bit, other tokens are untouched (tests/reuse/steer/test_methods.py).
+Exempt    : nan, inf (an expert without a score is never chosen, and an infinite one ranks like any other); samples
+            (scores are of layers and experts); off (a recipe is applied or not, see reuse/steer/recipe)
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ Differs   : The weights of the weak routing keep the ratio that the family gives
             the strong one: sum 1 where the family normalises, and the same volume where it does not.
 Check     : three tokens by hand; beta 0 and a weak routing of ranks 1 to K are greedy decoding; ranks equal a slow
             loop that respects groups and bias (tests/reuse/steer/test_scmoe.py).
+Exempt    : off (without contrast it is the model's own generate: tests/reuse/steer/test_scmoe.py)
 """
 
 import math
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.errors import UsageError
+from anabranch.errors import AnabranchError, UsageError
 from anabranch.models.mixtures.layers import MixtureLayer, Triple, open_layers
 from anabranch.models.mixtures.routing import Change, changed
 
@@ -176,6 +177,8 @@ class Pass:
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if bool((logits.isnan() | logits.isposinf()).any()):  # the highest of them would be a word all the same
+        raise AnabranchError("the model's scores are no numbers", expected="finite weights", hint="a wider precision")
     if temperature == 0:
         return logits.argmax(-1)
     probs_BV = (logits / temperature).softmax(-1)

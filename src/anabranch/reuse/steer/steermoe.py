@@ -6,6 +6,8 @@ Equation  : promoted: z = max log softmax z + 0.01; suppressed: z = min log soft
 Shapes    : scores (L, N), rates with the behaviour minus rates without; at most K promoted in a layer.
 Differs   : nothing.
 Check     : promoted experts are in every token's set, suppressed ones in none (tests/reuse/steer/test_methods.py).
+Exempt    : nan, inf (an expert without a score is never chosen, and an infinite one ranks like any other); samples
+            (scores are of layers and experts)
 """
 
 from collections.abc import Sequence

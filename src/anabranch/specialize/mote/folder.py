@@ -7,21 +7,26 @@ FOLDER/NAME        an adapter that PEFT alone opens; the last one has the rows o
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from anabranch.errors import UsageError
+from anabranch.errors import AnabranchError, UsageError
 from anabranch.mixture.lora_router import GatedLora
+from anabranch.models.language.folder import ALONE
 from anabranch.specialize.mote.mote import Config, MoTE, need_peft, quiet
 from anabranch.specialize.mote.steps import Steps, add_step_tokens
+from anabranch.train.publish import is_safe_name
 
 MANIFEST, FORMAT = "mote.json", 1
 PLAIN = ("r", "alpha", "lora_alpha", "dropout", "shared", "question", "train_tokens", "assign")
 """Settings that the manifest holds as they are."""
+OWN = ("format", "adapters", "steps", "token_ids", "targets", *PLAIN, "base", "tokenizer")
+"""What `save` itself says; anything else in a manifest is its maker's."""
 
 
 def save(mote: MoTE, folder: str | Path, *, facts: Mapping[str, Any] | None = None) -> None:
@@ -78,10 +83,16 @@ def load(base: nn.Module, folder: str | Path, *, strict: bool = True, trainable:
     Raises:
         UsageError: not a folder that `save` wrote, a newer format, experts that differ, or (strict) another base.
     """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    with damage_told(folder):
+        return put_on(base, folder, manifest, strict=strict, trainable=trainable)
+
+
+def put_on(base: nn.Module, folder: Path, manifest: dict[str, Any], *, strict: bool, trainable: bool) -> MoTE:
     from transformers import AutoTokenizer
 
-    peft, folder = need_peft(), Path(folder)
-    manifest = read_manifest(folder)
+    peft = need_peft()
     config = Config(
         steps=Steps(**{key: tuple(value) for key, value in manifest["steps"].items()}),
         targets=tuple(manifest["targets"]) if isinstance(manifest["targets"], list) else manifest["targets"],
@@ -94,7 +105,7 @@ def load(base: nn.Module, folder: str | Path, *, strict: bool = True, trainable:
             received=fingerprint(base),
             hint="the model that it was trained on; strict=False to try all the same",
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **ALONE)
     tokens = add_step_tokens(base, tokenizer, config.steps)
     check_experts(folder, config)
     with quiet():
@@ -104,7 +115,22 @@ def load(base: nn.Module, folder: str | Path, *, strict: bool = True, trainable:
         for name in others:
             model.load_adapter(folder / name, adapter_name=name, **options)
         model.base_model.set_adapter(list(config.adapters), inference_mode=not trainable)
-    return MoTE(model, tokenizer, config, tokens).train(trainable)
+    mote = MoTE(model, tokenizer, config, tokens)
+    mote.facts = {name: value for name, value in manifest.items() if name not in OWN}
+    return mote.train(trainable)
+
+
+@contextmanager
+def damage_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except AnabranchError:
+        raise
+    except Exception as error:  # readers of tokenizers and of weights raise what belongs to no family
+        raise UsageError(
+            f"the experts in {folder} are damaged", expected="its files as they were written",
+            received=f"{type(error).__name__}: {str(error)[:300]}", hint="copy the folder again",
+        ) from error  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -114,13 +140,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder} holds no step experts", expected=f"a folder with {MANIFEST}", received=received)
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read", expected="JSON", received=str(error)) from error
-    if manifest.get("format") != FORMAT:
-        raise UsageError(
-            f"{file}: another format", expected=FORMAT, received=manifest.get("format"), hint="a newer anabranch"
-        )
+    said = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if said != FORMAT:
+        raise UsageError(f"{file}: another format", expected=FORMAT, received=said, hint="a newer anabranch")
+    refuse_paths(manifest, file)
     return manifest
+
+
+def refuse_paths(manifest: dict[str, Any], file: Path) -> None:
+    """
+    Raises:
+        UsageError: the manifest is torn, or an expert is called what leads out of the folder.
+    """
+    try:
+        names = [*manifest["steps"]["names"], *manifest["adapters"]]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{file} is torn", expected="adapters and steps", received=repr(error)) from None
+    for name in names:
+        if not isinstance(name, str) or "/" in name or not is_safe_name(name):
+            raise UsageError(f"{file} names an expert {name!r}", expected="the name of a folder in this one")
 
 
 def check_experts(folder: Path, config: Config) -> None:
@@ -133,6 +173,8 @@ def check_experts(folder: Path, config: Config) -> None:
         file = folder / name / "adapter_config.json"
         if not file.is_file():
             raise UsageError(f"{folder} has no expert {name!r}", expected=", ".join(config.adapters), received="none")
+        if not (weights := folder / name / "adapter_model.safetensors").is_file():
+            raise UsageError(f"the expert {name!r} has no weights", expected=weights, received="no such file")
         said = json.loads(file.read_text(encoding="utf-8"))
         found[name] = (said["r"], tuple(sorted(said["target_modules"])))
     if len(set(found.values())) > 1:

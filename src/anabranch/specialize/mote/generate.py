@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.errors import UsageError
+from anabranch.errors import AnabranchError, UsageError
 from anabranch.mixture.context import Context, route
 from anabranch.specialize.mote.mote import MoTE
 from anabranch.specialize.mote.steps import Budget, StepTokens, allowed, chain_of, ids_of_tokens
@@ -51,6 +51,8 @@ class LegalSteps:
         self.chain, self.budget = chain, budget
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool((scores.isnan() | scores.isposinf()).any()):  # what is forced would be written all the same
+            raise AnabranchError("the model's scores are no numbers", expected="finite weights", hint="a wider precision")
         for row, tokens in enumerate(input_ids[:, self.prompt_length :].tolist()):
             if self.known.ends[-1] in tokens:
                 legal: list[int] | None = [self.end_id]

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from anabranch.errors import UsageError
 from anabranch.mixture.context import Context, route
 from anabranch.mixture.lora import Plan, route_lora
+from anabranch.mixture.losses import over_ranks
 from anabranch.mixture.token_rows import light_token_rows
+from anabranch.models.hub.pretrained import Pretrained
 from anabranch.specialize.mote.collate import IGNORED
 from anabranch.specialize.mote.steps import Policy, Steps, StepTokens, add_step_tokens, for_experts
 
@@ -71,12 +74,16 @@ class Config:
         return Plan(experts=self.experts, universal=SHARED if self.shared else None, alpha=self.alpha)
 
 
-class MoTE(nn.Module):
+class MoTE(nn.Module, Pretrained):
     """A causal language model with step experts. `step_ids` (B, T) go beside `input_ids`."""
+
+    MARK = "mote.json"
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: Config, tokens: StepTokens):
         super().__init__()
         self.model, self.tokenizer, self.settings, self.tokens = model, tokenizer, config, tokens
+        self.facts: dict[str, Any] = {}
+        """What the maker wrote into the manifest besides."""
         route_lora(model, config.plan())
         light_token_rows(model)
 
@@ -122,6 +129,26 @@ class MoTE(nn.Module):
             return (input_ids * 2654435761 >> 7) % num  # Knuth's multiplicative hash: neighbours are parted
         return torch.zeros_like(input_ids) if assign == "one" else torch.randint_like(input_ids, num)
 
+    def write_files(self, folder: Path) -> None:
+        from anabranch.specialize.mote.folder import save
+
+        save(self, folder, facts=self.facts)
+
+    @classmethod
+    def read_files(cls, folder: Path, *, base: nn.Module, **options: Any) -> "MoTE":
+        """
+        base       the language model that the experts were trained on
+        options    strict, trainable: see `folder.load`
+        """
+        from anabranch.specialize.mote.folder import load
+
+        return load(base, folder, **options)
+
+    def card(self) -> str:
+        from anabranch.specialize.mote.card import mixture_card
+
+        return mixture_card(self, self.facts)
+
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -139,6 +166,10 @@ class ChainLoss(nn.Module):
         for name, parameter in mote.trained().items():
             self.register_parameter(name.replace(".", "/"), parameter)
 
+    def computing(self) -> list[nn.Module]:
+        """In whose forward pass the parameters are used: what sharded training shards, frozen weights with it."""
+        return list(self.held)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "ChainLoss":
         self.held[0]._apply(fn)  # the parameters here are the mixture's own
         return self
@@ -152,15 +183,23 @@ class ChainLoss(nn.Module):
         labels = batch["labels"][:, 1:]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = self.held[0](**inputs).logits[:, :-1]
-        loss_BT = nn.functional.cross_entropy(
-            logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
-        )
+        wide = logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32))
+        loss_BT = nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="none")
         told = labels != IGNORED
         if not self.step_mean:
-            return {"loss": loss_BT.sum() / told.sum().clamp(min=1)}
+            return {"loss": loss_BT.sum() / self.fair_share(told.sum()).clamp(min=1e-9)}
         steps = batch["step_ids"][:, 1:]
         parts = [loss_BT[told & (steps == number)] for number in range(len(self.held[0].settings.steps))]
-        return {"loss": torch.stack([part.mean() for part in parts if len(part)]).mean()}
+        counts = self.fair_share(torch.tensor([len(part) for part in parts], device=labels.device))
+        means = torch.stack([part.sum() for part in parts]) / counts.clamp(min=1e-9)
+        return {"loss": means.sum() / (counts > 0).sum().clamp(min=1)}
+
+    def fair_share(self, counts: Tensor) -> Tensor:
+        """Tokens over all processes, divided by these: the mean of their losses is then that of all tokens."""
+        counts = counts.float()
+        if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return counts
+        return over_ranks(counts, "global") / torch.distributed.get_world_size()
 
 
 def build(base: nn.Module, tokenizer: Any, config: Config, *, seed: int = 0) -> MoTE:

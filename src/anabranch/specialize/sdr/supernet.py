@@ -13,6 +13,7 @@ Differs   : the split ratio and that the last stages are split first are ours. T
             forwards. Running statistics are kept for each path.
 Check     : extraction is bit for bit the active path, a split changes no output
             (tests/specialize/sdr/test_supernet.py).
+Exempt    : inf (divided by an infinite variance, a feature is 0)
 """
 
 import copy

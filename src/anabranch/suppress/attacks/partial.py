@@ -6,6 +6,7 @@ Equation  : z_k = noise(z, eps, t_k), k = steps - floor(strength steps);  the sa
 Shapes    : B pictures; latents and noise (B, c, h, w).
 Differs   : nothing; what is done is what the stock image-to-image pipelines do.
 Check     : bit for bit the stock pipeline's latents (tests/suppress/attacks/test_partial.py).
+Exempt    : off (at strength 0 nothing is sampled: refused)
 """
 
 import inspect

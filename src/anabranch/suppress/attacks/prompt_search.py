@@ -6,10 +6,12 @@ Equation  : c = mean_i E(y_i (+) word) - E(y_i);   delta* = argmin_delta sum_i |
 Shapes    : prompts y_i; E (L, d) of the first text encoder; K words, P prefixes a generation.
 Differs   : one prefix for all prompts. An implicit concept's word means nothing to the model, hence the attack should
             find nothing there: it is asked all the same.
-Check     : the best prefix never gets worse and is the least of a search through all (tests/suppress/attacks/
-            test_prompt_search.py).
+Check     : the best prefix never gets worse and is the least of a search through all
+            (tests/suppress/attacks/test_prompt_search.py).
+Exempt    : off (a search has no strength)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,10 @@ class Config:
         for name, least in (("num_words", 1), ("population", 4), ("generations", 1), ("most", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, received {getattr(self, name)}")
+        if not 0 <= self.mutation <= 1:
+            raise ValueError(f"mutation: expected a chance from 0 to 1, received {self.mutation}")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta: expected at least 0, received {self.eta}")
 
 
 def search(pipe: Any, prompts: Sequence[str], word: str, config: Config) -> list[Found]:

@@ -8,6 +8,7 @@ Differs   : the LoRA is added to the output of whatever layer is there, an adapt
             under attack is neither renamed, rescaled nor switched off.
 Check     : nothing changes at step 0, the loss falls, the model is back bit for bit afterwards
             (tests/suppress/attacks/test_relearning.py).
+Exempt    : dtype (its LoRA is float32, for pipelines in float32); samples (batches are drawn by the place of a picture)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,6 +6,7 @@ Equation  : eps(word) + s (eps(y) - eps(word))
 Shapes    : B images, a prompt each.
 Differs   : nothing from the stock pipelines' `negative_prompt`.
 Check     : the stock pipeline's images; s = 1 is refused (tests/suppress/baselines/test_negative_prompt.py).
+Exempt    : off (without guidance the word does nothing: refused)
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from anabranch.errors import UsageError
+from anabranch.models.language.folder import ALONE
+from anabranch.models.shards import refuse_strange_shards
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 def load_local(folder: Path, processor: str, model: str, what: str) -> tuple[Any, Any]:
@@ -16,15 +22,16 @@ def load_local(folder: Path, processor: str, model: str, what: str) -> tuple[Any
             expected=f"a folder with {what}, as save_pretrained of transformers writes it",
             hint="models are never downloaded here; fetch it first and name its folder",
         )
+    refuse_strange_shards(folder)
     import transformers
 
     try:
         return (
-            getattr(transformers, processor).from_pretrained(folder, local_files_only=True),
-            getattr(transformers, model).from_pretrained(folder, local_files_only=True, use_safetensors=True).eval(),
+            getattr(transformers, processor).from_pretrained(folder, **ALONE),
+            getattr(transformers, model).from_pretrained(folder, use_safetensors=True, **ALONE).eval(),
         )
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except UNREADABLE as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{folder} is not {what} that can be opened", received=first) from error
 
 

@@ -12,14 +12,16 @@ Check     : one set of boxes written in all four ways comes back as one (tests/s
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from anabranch.data.decode import UNREADABLE, open_picture
+from anabranch.data.folders import refusal
 from anabranch.errors import AnabranchError, UsageError, did_you_mean
 from anabranch.suppress.detectors.overlap import component_boxes
 from anabranch.suppress.detectors.protocol import Detection
@@ -68,12 +70,14 @@ class MasksOnDisk:
 
     def _detect(self, file: str, width: int, height: int) -> list[Detection]:
         path = self.folder / PurePosixPath(file).with_suffix(".png")
-        if not path.is_file():
+        if not os.path.lexists(path):
             return []
+        if reason := refusal(path, self.folder.resolve()):
+            raise AnabranchError(f"the mask {path} cannot be read", received=reason)
         try:
-            with Image.open(path, formats=("PNG",)) as picture:
+            with path.open("rb") as file, open_picture(file) as picture:
                 mask = np.asarray(picture.convert("L"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise AnabranchError(f"the mask {path} cannot be read", received=str(error)) from error
         if mask.shape != (height, width):
             received = f"{mask.shape[1]} x {mask.shape[0]}"
@@ -95,7 +99,7 @@ def named(detector: str, files: Sequence[str] | None) -> Sequence[str]:
 def read_jsonl(path: Path) -> dict[str, Entry]:
     """Lines with `file` or `file_name`, `boxes`, and where there are any `has_concept` and `scores`."""
     entries: dict[str, Entry] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:  # a broken letter is refused in its line
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -108,11 +112,11 @@ def read_jsonl(path: Path) -> dict[str, Entry]:
 
 def _entry(line: str, where: str) -> tuple[str, Entry]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.encode("utf-8", "surrogateescape"))
         name = row.get("file", row.get("file_name"))
         boxes = tuple(tuple(float(edge) for edge in box) for box in row.get("boxes") or ())
         scores = tuple(float(score) for score in row.get("scores") or [1.0] * len(boxes))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise AnabranchError(
             f"{where}: cannot be used", expected="an object with file and boxes", received=str(error)
         ) from error
@@ -147,7 +151,7 @@ def coco(path: Path, concept: str) -> LookUp:
             if category is None or annotation["category_id"] == category:
                 entries[names[annotation["image_id"]]].append(annotation)
         rows = {name: _coco_entry(annotations) for name, annotations in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         expected = "images, annotations with bbox, and categories"
         raise UsageError(f"{path} is not a COCO file", expected=expected, received=repr(error)) from error
     return listed(rows, path)

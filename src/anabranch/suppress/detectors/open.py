@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a line of text to a detector: `qr`, `template:logo.png`, `classifier:FOLDER:LABEL`, ..."""
+"""From a line of text to a detector: `qr`, `template:logo.png`, `classifier:FOLDER:LABEL`, ...
+
+Other packages bring more of them by an entry point in the group anabranch.detectors: see anabranch.plugins.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import UsageError, did_you_mean
+from anabranch.errors import UsageError
+from anabranch.plugins import DETECTORS, opened, plugins, unknown
 from anabranch.suppress.detectors.protocol import Detector
 
 SPECS = {
@@ -17,6 +21,7 @@ SPECS = {
     "boxes": "boxes:FILE",
     "masks": "masks:FOLDER",
 }
+NEEDED = ("name", "version", "threshold", "detect")
 
 
 def open_detector(
@@ -28,10 +33,12 @@ def open_detector(
     none) and `grid` tell a classifier how to place boxes.
     """
     kind, _, rest = spec.partition(":")
+    if kind not in SPECS and kind in plugins(DETECTORS):
+        chosen = None if threshold is None else _checked(threshold)
+        made: Detector = opened(DETECTORS, kind, rest, NEEDED, concept=concept, threshold=chosen)
+        return made
     if kind not in SPECS:
-        raise UsageError(
-            f"there is no detector {kind!r}", expected=", ".join(SPECS.values()), hint=did_you_mean(kind, SPECS)
-        )
+        raise unknown("detector", kind, SPECS.values(), DETECTORS)
     if bool(rest) != (":" in SPECS[kind]):
         raise UsageError(f"the detector {spec!r} cannot be used", expected=SPECS[kind])
     own: dict[str, Any] = {} if threshold is None else {"threshold": _checked(threshold)}

@@ -9,6 +9,7 @@ Shapes    : images (H, W, 3) uint8 of any sizes; template (h, w, 3) and mask (h,
 Differs   : a mask, by which a mark with transparent parts ignores what shines through them; windows without contrast
             score 0; all sums are exact Fourier products (no running sums).
 Check     : equals nested loops, and finds marks planted in photographs (tests/suppress/detectors/test_template.py).
+Exempt    : off (a detector has no strength)
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 from scipy import fft, ndimage
 
+from anabranch.data.decode import UNREADABLE, open_picture
 from anabranch.errors import UsageError
 from anabranch.suppress.detectors.overlap import non_maximum_suppression
 from anabranch.suppress.detectors.protocol import Detection
@@ -75,9 +77,9 @@ def read_template(path: Path) -> Image.Image:
     if not path.is_file():
         raise UsageError(f"{path} cannot be read", expected="a PNG picture of the mark", received="no such file")
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
+        with path.open("rb") as file, open_picture(file) as picture:
             return picture.convert("RGBA")
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path} cannot be read", expected="a PNG picture", received=str(error)) from error
 
 

@@ -233,7 +233,8 @@ def put_denoiser(pipe: Any, adapter: Adapter, strength: float) -> nn.Module | No
         return None
     old: nn.Module = denoiser(pipe)
     with quiet():
-        new = type(old).from_pretrained(adapter.folder / WHOLE, dtype=old.dtype, local_files_only=True)
+        own = {"local_files_only": True, "use_safetensors": True}  # the stock loader would else open a pickle
+        new = type(old).from_pretrained(adapter.folder / WHOLE, dtype=old.dtype, **own)
     setattr(pipe, family(pipe).DENOISER, new.to(old.device).eval().requires_grad_(False))
     return old
 

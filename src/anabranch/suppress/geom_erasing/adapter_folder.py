@@ -5,6 +5,7 @@ The files are described in adapter.py, which writes them.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from anabranch.errors import UsageError
 from anabranch.models.diffusion.conditioning import Conditioning
+from anabranch.models.hub.card import front_matter
+from anabranch.models.hub.pretrained import Pretrained
 from anabranch.suppress.geom_erasing.bins import Bin, Grid
 from anabranch.suppress.geom_erasing.words import Vocabulary
 from anabranch.suppress.lora import WEIGHTS
@@ -30,8 +33,10 @@ TRAINED = ("lora", "denoiser", "tokens", "baked")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class Adapter(Pretrained):
     """The folder, read."""
+
+    MARK = CONFIG
 
     folder: Path
     vocabulary: Vocabulary
@@ -50,6 +55,28 @@ class Adapter:
     @property
     def has_lora(self) -> bool:
         return self.trained in ("lora", "baked")
+
+    def write_files(self, folder: Path) -> None:
+        """A copy of what makes the adapter; the folder of a run holds its training besides."""
+        if folder.resolve() == self.folder.resolve():
+            return
+        for name in (WEIGHTS, TOKENS, NEGATIVE, CONFIG):  # the one that makes it an adapter comes last
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+            if name == NEGATIVE and (self.folder / WHOLE).is_dir():
+                shutil.copytree(self.folder / WHOLE, folder / WHOLE, dirs_exist_ok=True)
+
+    @classmethod
+    def read_files(cls, folder: Path) -> "Adapter":
+        return read_adapter(folder)
+
+    def card(self) -> str:
+        """The one that was written with it."""
+        file = self.folder / "README.md"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        head = front_matter(library_name="diffusers", tags=["geom-erasing"])
+        return f"{head}# Less {self.config['concept']}\n\nAn adapter of Geom-Erasing (arXiv 2310.05873).\n"
 
 
 def read_adapter(folder: str | Path) -> Adapter:

@@ -8,6 +8,7 @@ Shapes    : B rows; f the denoiser with the adapter, its output (B, c, h, w); z_
 Differs   : not of the paper. The second term holds the unconditional output, so that guidance goes on to mean what it
             did. With eta = (s - 1) / s guidance s from the empty prompt equals guidance s from the negative one.
 Check     : the target written out; a baked model needs no negative (tests/suppress/geom_erasing/test_bake.py).
+Exempt    : off (a LoRA is there or not: suppress/lora)
 """
 
 from collections.abc import Callable, Mapping

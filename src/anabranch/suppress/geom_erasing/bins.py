@@ -8,6 +8,7 @@ Shapes    : a grid of G_x columns and G_y rows has T bins; K of them are covered
 Differs   : half-open boxes: the printed floor(a2 / W_bin) adds an empty bin when a box ends on a boundary and leaves
             the grid at its right edge; `closed` gives that formula, kept inside the grid.
 Check     : bins of known boxes; w = .5161 and 1.0323 for 4 of 64 bins (tests/suppress/geom_erasing/test_bins.py)
+Exempt    : inf (an infinite alpha leaves the region out)
 """
 
 import math
@@ -68,6 +69,8 @@ def covered_bins(boxes: Iterable[Box], width: float, height: float, grid: Grid, 
 
 
 def clipped(box: Box, width: float, height: float) -> tuple[float, float, float, float]:
+    if not all(map(math.isfinite, (*box, width, height))):  # clipped, infinity would be the border
+        raise ValueError(f"boxes: expected finite numbers, received {box} in {width} x {height}")
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2):  # NaN fails as well
         raise ValueError(f"box: expected x1 < x2 and y1 < y2, received {tuple(box)}")

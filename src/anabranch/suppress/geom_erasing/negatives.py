@@ -26,6 +26,8 @@ PRIOR_SHARE = 0.9
 
 def prior_bins(training_bins: Sequence[Sequence[Bin]], most: int, share: float = PRIOR_SHARE) -> list[Bin]:
     """The commonest bins that together hold `share` of all covered ones, at most `most`, row by row."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected 0 to 1, received {share}")
     counts = Counter(place for bins in training_bins for place in bins)
     total, held, kept = sum(counts.values()), 0, []
     for place, count in sorted(counts.items(), key=lambda item: (-item[1], item[0][1], item[0][0])):

@@ -8,6 +8,7 @@ Shapes    : d the text encoder's width; T bins, so 1 + T rows (T, when the conce
 Differs   : the place code is scaled to the table's mean norm (about 0.4 for CLIP): unscaled it is fifty times as long.
             The caption is cut before the bins are; too many bins are merged two by two, then the least covered go.
 Check     : tests/suppress/geom_erasing/test_words.py
+Exempt    : samples (rows of a table belong to the words of their number)
 """
 
 import math
