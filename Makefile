@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: install test test-all lint bench demo assets recipe clean
+.PHONY: install test test-all trust nightly lint docs bench demo assets recipe clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -17,16 +17,26 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/anabranch demo transfer --out runs/demo
+	$(BIN)/anabranch demo --out runs/demo $(if $(wildcard runs/demo),--resume)
 
 test: install
 	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not slow" -q
 
 test-all: assets
-	$(THREADS) $(BIN)/python -m pytest -n 2 -q
+	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not night" -q
+
+TIER ?= quick
+trust: install   # faults and attacks, counted: writes the table of README.md and docs/trust.md
+	$(BIN)/python scripts/trust.py $(TIER)
+
+nightly: assets
+	$(BIN)/python scripts/trust.py night
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: install   # docs/_build/html/index.html, nothing fetched; methods and results are read from this tree
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 bench: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
@@ -44,4 +54,4 @@ assets: install
 	-apt-get install -y -qq dataset-fashion-mnist
 
 clean:
-	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache docs/_build docs/methods docs/results
