@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PICTURES, STYLE = ROOT / "docs" / "pictures", ROOT / "src" / "anabranch" / "report" / "style.css"
 WANTED = {
-    "transfer": "Which source helps which task",
-    "erase": "How often",
+    "transfer": "Points gained over the shared model",
+    "erase": "Pictures with the mark",
     "align": "What a small step",
     "experts": "From text to expert",
 }

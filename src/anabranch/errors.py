@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 DONE, FAILED, WRONG_USAGE, CHECK_FAILED, STOPPED = 0, 1, 2, 3, 75
 
@@ -39,5 +40,15 @@ class Stopped(AnabranchError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the closest known one, else all of them."""
     known = sorted(known)
+    if not known:
+        return "none is known"
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+
+
+def near(missing: Path, otherwise: str | None = None) -> str | None:
+    """A hint for a folder that is not there: the one beside it of nearly that name, else what else to try."""
+    if missing.exists() or not missing.parent.is_dir():
+        return otherwise
+    close = get_close_matches(missing.name, [path.name for path in missing.parent.iterdir() if path.is_dir()], n=1)
+    return f"did you mean {missing.parent / close[0]}?" if close else otherwise

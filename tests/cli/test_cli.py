@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import subprocess
 import sys
 
@@ -14,8 +15,23 @@ def run(*arguments):
     return subprocess.run([sys.executable, "-m", "anabranch", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.row("U4")
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["list"], ["doctor", "--help"], ["measure", "--help"], ["measure", "--stps", "3"]]
+    "arguments",
+    [
+        ["--help"],
+        ["list"],
+        ["list", "--method", "specialize/mocee"],
+        ["doctor"],
+        ["doctor", "--help"],
+        ["completion", "bash"],
+        ["demo", "--help"],
+        ["demo", "--seeds", "3"],
+        ["measure", "--help"],
+        ["measure", "--stps", "3"],
+        ["measure", "--set", "learning_rate=fast"],
+        ["align", "eval", "--config", "nowhere.yaml"],
+    ],
 )
 def test_answers_without_torch(arguments):
     script = """
@@ -103,3 +119,22 @@ def test_settings_are_names_and_plain_values_only():
     for assignment in ("os.system=true", "__class__=1", "steps=!!python/name:os.system ''"):
         with pytest.raises(UsageError, match=r"no setting|not YAML"):
             settle(MeasureSettings, FileAndSet(set=(assignment,)), [])
+
+
+def test_a_reader_that_leaves_is_no_failure_of_ours():
+    """`anabranch list | head -1`: no traceback; here the reader is gone from the start, so that it never depends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "anabranch", "list"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_card_can_be_asked_for_with_and_without_the_flag(capsys):
+    assert cli.main(["list", "specialize/moce"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("specialize/moce\n")
+    assert cli.main(["list", "--method", "specialize/moce"]) == 0
+    assert capsys.readouterr().out == said

@@ -188,11 +188,24 @@ def repair_checksums(data: bytes) -> bytes:
     return out
 
 
-def test_300_mutated_files_never_raise_anything_unexpected(tmp_path):
-    rejected = count_rejected(tmp_path, 300)
-    assert 50 < rejected < 300  # some still decode: the mutations are not trivial
+@pytest.mark.parametrize(
+    "num_files",
+    [
+        pytest.param(300, marks=pytest.mark.row("S4", sample=True)),
+        pytest.param(10_000, marks=[pytest.mark.row("S4", cheap=True), pytest.mark.slow]),
+    ],
+)
+def test_mutated_files_never_raise_anything_unexpected(tmp_path, num_files, counted):
+    rejected = count_rejected(tmp_path, num_files)
+    assert num_files / 10 < rejected < num_files  # some still decode: the mutations are not trivial
+    others = sum(isinstance(attempt(tmp_path / str(i)), SyntaxError | ValueError) for i in range(300))
+    counted(num_files, control=(others, "of 300 get past a reader that expects OSError alone"))
 
 
-@pytest.mark.slow
-def test_10000_mutated_files_never_raise_anything_unexpected(tmp_path):
-    assert count_rejected(tmp_path, 10_000) > 1000
+def attempt(path):
+    """What Pillow itself makes of a file."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except Exception as error:
+        return error

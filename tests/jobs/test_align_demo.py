@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+import anabranch
 from anabranch import cli
 from anabranch.jobs import align_demo
 from anabranch.jobs.align_demo_page import good, verdict, write_align_demo_page
+from anabranch.jobs.demo_all_page import SHOWN
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +101,11 @@ def test_a_finished_demo_is_not_written_over(demo, capsys):
     assert cli.main(["demo", "align", "--out", str(demo)]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (demo / "align-demo.json").read_bytes() == before
+
+
+def test_the_page_of_all_demos_shows_its_first_sentences_and_a_picture(demo):
+    shown = SHOWN["align"](demo)
+    assert "in 100 harmful questions" in shown.sentences[0]
+    assert "not shown to be more harmless" in shown.sentences[-1]  # after two steps nothing is learnt, and it says so
+    assert "2 steps" in shown.budget
+    assert len(anabranch.results(demo).tables["arms"].rows) == 7

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import anabranch
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs import align_eval as job
 from anabranch.jobs.align_eval_arms import Arms
@@ -124,6 +125,7 @@ def test_real_models_in_every_mode(given, tmp_path):
     assert found["full"]["tokens"] > found["direct"]["tokens"]
     alone = job.align_eval(given(experts=None, out=tmp_path / "alone"))
     assert set(alone["arms"]) == {"base"}
+    assert anabranch.results(tmp_path / "alone").table() == alone.table()
 
 
 def test_two_mixtures_side_by_side_and_what_is_inside_them(given, folders, tmp_path, capsys):

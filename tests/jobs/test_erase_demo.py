@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import anabranch
 from anabranch import cli
 from anabranch.jobs import erase_demo
+from anabranch.jobs.demo_all_page import SHOWN
 from anabranch.jobs.erase_demo_page import write_erase_demo_page
 from anabranch.jobs.marked_garments import SIDE
 from anabranch.models.diffusion.family import open_pipeline
@@ -107,3 +109,11 @@ def test_the_page_of_the_demo_is_built_again_from_its_files(demo):
     (demo / "report.html").unlink()
     assert cli.main(["report", str(demo)]) == 0
     assert (demo / "report.html").read_bytes() == page
+
+
+def test_the_page_of_all_demos_shows_its_first_sentences_and_a_picture(demo):
+    shown = SHOWN["erase"](demo)
+    assert "in 100 pictures wear a mark" in shown.sentences[0]
+    assert "fine-tuned" in shown.sentences[1].lower()
+    assert "2 steps of 8 pictures" in shown.budget
+    assert len(anabranch.results(demo).tables["arms"].rows) == 13

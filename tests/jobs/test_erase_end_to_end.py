@@ -162,6 +162,7 @@ assert "anabranch" not in sys.modules
 def snippets(folder):
     """The blocks of code in a README, with the folder that they speak of and fewer steps."""
     text = (folder / "README.md").read_text().replace("path/to/this/folder", str(folder))
+    text = text.replace("path/to/the/base", str(folder.parent / "model"))
     text = text.replace(").images[0]", ", num_inference_steps=4).images[0]")
     return [part.split("```")[0] for part in text.split("```python\n")[1:]]
 

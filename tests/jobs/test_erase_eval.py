@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import anabranch
 from anabranch import cli
 from anabranch.data.streams import derived_seed
 from anabranch.errors import CheckFailed, UsageError
@@ -134,6 +135,8 @@ def test_an_eraser_that_works_from_beginning_to_end(settings, world, tmp_path, c
     assert files_of(root / "adapter") == before
     written = json.loads((tmp_path / "run/eval.json").read_text())
     assert written["verdict"] == result["verdict"]
+    assert anabranch.results(tmp_path / "run").table() == result.table()
+    assert "| erased | 24 | 0.0 [0.0, 13.8] | −50.0" in result.table()
     page = (tmp_path / "run/report.html").read_text()
     assert "Is “mark” gone?" in page
     assert "not asked for" not in page

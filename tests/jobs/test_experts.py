@@ -4,10 +4,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import anabranch
 from anabranch import cli
 from anabranch.errors import Stopped, UsageError
 from anabranch.jobs import experts_profile as profile_job
@@ -19,7 +21,9 @@ from anabranch.jobs.text_mixture import byte_tokenizer, save_mixture, untrained_
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.models.language.folder import open_language_model
 from anabranch.train.signals import StopFlag
+from tests.many import run_many
 
+TOGETHER = Path(__file__).with_name("together_worker.py")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
          "moe_intermediate_size": 16, "intermediate_size": 16}  # fmt: skip
 STOCK = """
@@ -89,6 +93,23 @@ def test_a_profile_counts_every_token_once_and_says_what_it_holds(world):
     told = json.loads((world / "stats.safetensors.json").read_text())
     assert told["labels"] == ["ab", "digits"]
     assert {"count", "norm", "turn", "tcess"} <= set(told["statistics"])
+
+
+def test_a_profile_of_two_processes_is_that_of_one(world, tmp_path):
+    """Counts and highest values to the last bit, sums in double precision up to their order."""
+    out = tmp_path / "both.safetensors"
+    codes, said = run_many(2, TOGETHER, "command", "experts", "profile", *reading(world), "--out", out, "--outputs")
+    assert codes == [0, 0], said
+    both, alone = ExpertStats.load(out), ExpertStats.load(world / "stats.safetensors")
+    assert both.header() == alone.header()
+    assert both.sums.keys() == alone.sums.keys()
+    for name in ("tokens", "documents", "pairs"):
+        assert torch.equal(getattr(both, name), getattr(alone, name))
+    for name, expected in alone.sums.items():
+        if name in ("count", "peak"):
+            assert torch.equal(both[name], expected)
+        torch.testing.assert_close(both[name], expected, rtol=1e-11, atol=1e-12)
+    assert {path.name for path in tmp_path.iterdir()} == {"both.safetensors", "both.safetensors.json"}
 
 
 def test_a_stopped_profile_goes_on_to_the_same_numbers(world, tmp_path, monkeypatch):
@@ -214,6 +235,7 @@ def test_rankings_stand_beside_their_intervals_and_the_random_one(world, tmp_pat
                 assert low - 1e-9 <= scores[layer, expert] <= high + 1e-9
     assert told["overlap"]["esft_token"]["frequency"] == 1  # the same order within every layer, and equal sums
     assert overlap([(0, 1), (0, 2)], [(0, 2), (1, 2)]) == pytest.approx(1 / 3)
+    assert len(anabranch.results(tmp_path / "rank.json").tables["scores"].rows) == 3 * len(told["rankings"])
 
 
 @pytest.mark.parametrize(

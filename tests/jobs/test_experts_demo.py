@@ -9,6 +9,7 @@ import pytest
 from anabranch import cli
 from anabranch.data.six_domains import DOMAINS
 from anabranch.jobs import experts_demo as job
+from anabranch.jobs.demo_all_page import SHOWN
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +48,9 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, capsys):
         assert cli.main(["demo", "experts", "--out", str(tmp_path / "x"), *more]) == 2
     assert not (tmp_path / "x").exists()
     assert "would change nothing" in capsys.readouterr().err
+
+
+def test_the_page_of_all_demos_shows_its_first_sentences_and_a_picture(run):
+    shown = SHOWN["experts"](run)
+    assert "matters most to one text" in shown.sentences[0]
+    assert shown.figure.caption.startswith("From text to expert")

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+import anabranch
 from anabranch import cli
 from anabranch.errors import UsageError
 from anabranch.jobs.measure import open_corpus, plan, read_cell
@@ -48,6 +49,7 @@ def test_files_and_numbers(run):
         ]
     )
     assert result["matrix"]["accuracy"][2][0]["mean"] == pytest.approx(by_hand)
+    assert anabranch.results(run).tables["accuracy"].rows[2][1].value == pytest.approx(by_hand)
     floor = result["curves"]["all"]["per_task"]["task"]
     assert len(floor) == 3  # before any step, and two points
     assert "Does sharing hurt?" in (run / "report.html").read_text()

@@ -223,3 +223,11 @@ def test_a_standalone_picture_is_xml_and_knows_its_colours():
     assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
     used, defined = (set(re.findall(pattern, text)) for pattern in (r"var\((--[\w-]+)", r"(--[\w-]+):"))
     assert used <= defined
+
+
+def test_a_page_links_to_what_lies_beside_it_and_to_nothing_else():
+    page = render(Page("t", ["said"], sections=[Section("s", links=[("the page of <b>", "erase/report.html")])]))
+    assert '<p class="link"><a href="erase/report.html">the page of &lt;b&gt;</a></p>' in page
+    for file in ("https://example.org", "javascript:alert(1)", "/etc/passwd", "../x.html", "a/../../x", "//host/x", ""):
+        with pytest.raises(ValueError, match="expected a file beside the page"):
+            Section("s", links=[("elsewhere", file)])

@@ -17,8 +17,9 @@ def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, "measure")
     settings = settle(MeasureSettings, flags, argv)
     from anabranch.jobs.measure import measure
+    from anabranch.jobs.stages import say
 
     result = measure(settings)
-    print("\n".join(task["sentence"] for task in result["tasks"]))
-    print(f"\nmatrix  {settings.out / 'transfer.json'}\npage    {settings.out / 'report.html'}")
+    say("\n".join(task["sentence"] for task in result["tasks"]))
+    say(f"\nmatrix  {settings.out / 'transfer.json'}\npage    {settings.out / 'report.html'}")
     return DONE

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from anabranch.cli.choices import refuse
+from anabranch.cli.flags import given_flags, parse
 from anabranch.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
-Flags = TypeVar("Flags", bound="DataclassInstance")
 MAX_BYTES = 1_000_000
+__all__ = ["FileAndSet", "given_flags", "parse", "read_yaml", "settle", "validate"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,20 +31,6 @@ class FileAndSet:
     """A YAML file of settings, such as the config.resolved.yaml of another run."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """name=value for any further setting."""
-
-
-def parse(flags: type[Flags], argv: list[str], command: str) -> Flags:
-    """The flags of one command; a misspelt one gets a suggestion."""
-    names = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(flags)]
-    known = {*names, *(f"--no-{name[2:]}" for name in names), "--help"}
-    for name in given_flags(argv):
-        if name not in known:
-            raise UsageError(f"anabranch {command} has no option {name}", hint=did_you_mean(name, names))
-    return tyro.cli(flags, args=argv, prog=f"anabranch {command}", config=(tyro.conf.FlagCreatePairsOff,))
-
-
-def given_flags(argv: list[str]) -> list[str]:
-    return [argument.split("=")[0].replace("_", "-") for argument in argv if argument.startswith("--")]
 
 
 def settle(settings: type[Settings], flags: "FileAndSet", argv: list[str]) -> Settings:
@@ -60,12 +48,13 @@ def settle(settings: type[Settings], flags: "FileAndSet", argv: list[str]) -> Se
 
 def validate(settings: type[Settings], given: dict[str, Any]) -> Settings:
     """The record, every value of its field's type, no unknown field."""
-    from pydantic import TypeAdapter, ValidationError
-
-    known = {field.name for field in dataclasses.fields(settings)}
-    for name in given:
+    known = {field.name: field.type for field in dataclasses.fields(settings)}
+    for name, value in given.items():
         if name not in known:
             raise UsageError(f"there is no setting {name!r}", hint=did_you_mean(str(name), known))
+        refuse(name, known[name], value)
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(settings).validate_python(given)
     except ValidationError as error:
@@ -80,7 +69,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read", expected="a YAML file of settings", received="no such file")
     if path.stat().st_size > MAX_BYTES:
         raise UsageError(f"{path} is too large", expected="at most 1 MB", received=f"{path.stat().st_size} bytes")
-    loaded = _load(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text", expected="UTF-8", received=error.reason) from None
+    loaded = _load(text, str(path))
     if not isinstance(loaded, dict):
         raise UsageError(f"{path} holds no settings", expected="name: value lines", received=type(loaded).__name__)
     return loaded
@@ -104,5 +97,5 @@ def _load(text: str, where: str) -> Any:
 
     try:
         return yaml.load(text, Loader=Strict)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or number that is none
         raise UsageError(f"{where} is not YAML", received=str(error).splitlines()[0]) from None

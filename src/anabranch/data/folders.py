@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from anabranch.data.decode import SUFFIXES, UNREADABLE, decode, explain, read_header, sha256_of
-from anabranch.data.images import BadImage, Images, Progress, Store, UnreadableImages, allocate
+from anabranch.data.images import SHIPPED, BadImage, Images, Progress, Store, UnreadableImages, allocate
 from anabranch.errors import UsageError, did_you_mean
 
 MAX_BAD_SHARE = 0.01
@@ -271,6 +271,8 @@ def refuse_missing(folder: Path) -> None:
         return
     beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     shipped = "images that need no folder: patchwork:garments"
+    if str(folder).partition(":")[0] in SHIPPED:  # `open_images` takes these; who comes here does not
+        raise UsageError(f"{folder}: only folders can be read here", expected="a folder of images", received=folder)
     raise UsageError(
         f"{folder}: {'this is a file' if folder.exists() else 'there is no such folder'}",
         expected="a folder of images",

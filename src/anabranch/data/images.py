@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anabranch.errors import AnabranchError, UsageError
+from anabranch.errors import AnabranchError, UsageError, did_you_mean
 
 MEMORY_LIMIT = 2 * 2**30
 SHIPPED = ("patchwork", "corpus", "planted")
@@ -180,6 +180,9 @@ def open_images(
     from anabranch.data.folders import open_folder
 
     folder = Path(spec).expanduser()
+    if colon and "/" not in prefix and not folder.exists():
+        hint = did_you_mean(prefix, SHIPPED)
+        raise UsageError(f"{spec}: there are no images of the kind {prefix!r}, and no such folder", hint=hint)
     return open_folder(folder, image_size, channels, labelled=labelled, cache=cache, progress=progress)
 
 

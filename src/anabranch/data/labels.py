@@ -19,7 +19,7 @@ from typing import Any
 
 from anabranch.data.boxes import Box
 from anabranch.data.decode import ORIENTATION_TAG, TURNS, UNREADABLE, explain, open_picture, sha256_of
-from anabranch.data.folders import in_threads
+from anabranch.data.folders import in_threads, refusal
 from anabranch.errors import AnabranchError, UsageError
 
 MADE_BY = "anabranch erase scan"
@@ -176,7 +176,7 @@ def _read_rows(path: Path) -> list[tuple[int, Label]]:
     """(line number, label)."""
     rows: list[tuple[int, Label]] = []
     names: set[str] = set()
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:  # a broken letter is refused in its line
         for number, line in enumerate(lines, 1):
             if line.strip():
                 row = _parse(line, f"{path}, line {number}")
@@ -187,7 +187,7 @@ def _read_rows(path: Path) -> list[tuple[int, Label]]:
 
 def _parse(line: str, where: str) -> Label:
     try:
-        row = json.loads(line)
+        row = json.loads(line.encode("utf-8", "surrogateescape"))
         if not isinstance(row["has_concept"], bool):
             raise TypeError("has_concept is neither true nor false")
         return Label(
@@ -202,7 +202,7 @@ def _parse(line: str, where: str) -> Label:
             second_score=row.get("second_score"),
             second_has_concept=row.get("second_has_concept"),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         expected = "file, width, height, boxes, score and has_concept of one image"
         raise AnabranchError(f"{where}: not a label", expected=expected, received=repr(error)) from error
 
@@ -238,6 +238,8 @@ def is_inside(name: str) -> bool:
 def _compare(root: Path, row: Label) -> str | None:
     """How a file differs from its label."""
     path = root / PurePosixPath(row.file)
+    if os.path.lexists(path) and (reason := refusal(path, root.resolve())):
+        return f"cannot be used: {reason}"
     try:
         with path.open("rb") as file, open_picture(file) as picture:
             size = picture.size

@@ -18,7 +18,7 @@ from torch import Tensor
 from anabranch.data import patchwork
 from anabranch.data.images import Images, Store
 from anabranch.data.streams import derived_seed
-from anabranch.errors import UsageError
+from anabranch.errors import UsageError, did_you_mean
 
 GRID, PATCH_SIZE = 4, 7
 
@@ -74,8 +74,9 @@ def load(name: str) -> Images:
     domain, _, number = name.rpartition("-")
     if domain not in patchwork.DOMAINS or not number.isdecimal():
         raise UsageError(
-            f"planted:{name}: unknown", expected="planted:DOMAIN-NUMBER, such as planted:garments-3", received=name
-        )
+            f"planted:{name}: unknown", expected="planted:DOMAIN-NUMBER, such as planted:garments-3", received=name,
+            hint=did_you_mean(domain or name, patchwork.DOMAINS),
+        )  # fmt: skip
     images = patchwork.load(domain)
     pixels = write(images.store.read(torch.arange(len(images))), code(int(number)))
     return replace(images, name=name, store=Store.of(pixels))

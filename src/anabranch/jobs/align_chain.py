@@ -131,7 +131,7 @@ def read_prompts(path: Path | None) -> Prompts:
         given = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read", expected="a JSON file of prompts", received=error.strerror) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON", expected='{"check": "..."}', received=str(error)) from None
     known = [field.name for field in fields(Prompts)]
     if not isinstance(given, dict):
@@ -301,7 +301,7 @@ def finished(journal: Path, names: Sequence[str | int], batch_size: int) -> list
     for line, name in zip(lines, names, strict=False):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or row.get("id") != name:
             break

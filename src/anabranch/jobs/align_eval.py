@@ -23,15 +23,17 @@ from anabranch.jobs.align_judges import Judge, Judged, open_judge
 from anabranch.jobs.align_questions import read_questions
 from anabranch.jobs.align_settings import EvalSettings
 from anabranch.jobs.align_train import read_chains
+from anabranch.jobs.results import aligned
 from anabranch.jobs.stages import plain_values_of
 from anabranch.measure.concept_ratio import paired_difference, ratio
 from anabranch.measure.judge import Calibration, agreement, calibrate, correct
+from anabranch.report.result import Results
 from anabranch.specialize.mote.folder import read_manifest
 from anabranch.specialize.mote.steps import Steps
 from anabranch.train.publish import publish_folder, refuse_other_results
 
 
-def align_eval(settings: EvalSettings) -> dict[str, Any]:
+def align_eval(settings: EvalSettings) -> Results:
     """Write settings.out; returns what eval.json holds.
 
     Raises:
@@ -74,7 +76,7 @@ def align_eval(settings: EvalSettings) -> dict[str, Any]:
     publish_folder(lambda folder: write(folder, result, rows), settings.out)
     tell(result, settings.out / RESULT)
     refuse_nothing_gained(settings, result)
-    return result
+    return aligned(result)
 
 
 def check_mixtures(settings: EvalSettings) -> None:

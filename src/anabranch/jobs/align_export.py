@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.align_card import FUSED
 from anabranch.jobs.align_settings import ExportSettings
 from anabranch.jobs.stages import say
 from anabranch.models.language.folder import open_language_model
+from anabranch.specialize.mote.card import fused_card
 from anabranch.specialize.mote.export import fuse
 from anabranch.specialize.mote.folder import load
 from anabranch.specialize.mote.mote import MoTE
@@ -40,7 +40,7 @@ def align_export(settings: ExportSettings) -> dict[str, float]:
         for step in mote.settings.steps.names:
             fuse(mote, step, folder / step)
         mote.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(FUSED.format(step=mote.settings.steps.answer), encoding="utf-8")
+        (folder / "README.md").write_text(fused_card(mote.settings.steps.answer, str(settings.model)), encoding="utf-8")
         errors.update({step: difference(settings, mote, step, folder / step) for step in mote.settings.steps.names})
         if wrong := {step: error for step, error in errors.items() if not error < CLOSE}:
             raise CheckFailed(

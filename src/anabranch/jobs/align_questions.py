@@ -38,7 +38,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 def json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}:{number} is not JSON", expected='{"question": ...}', received=str(error)) from error
     if not isinstance(row, dict) or "question" not in row:
         raise UsageError(f"{path}:{number} has no question", expected='{"question": ...}', received=line[:80])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from anabranch.train.trackers import Tracked
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChainFlags:
@@ -65,7 +67,7 @@ class TrainFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(TrainFlags):
+class TrainSettings(TrainFlags, Tracked):
     steps: int | None = None
     """Optimiser steps, in place of epochs."""
     assign: Literal["step", "one", "random", "token"] = "step"
@@ -92,6 +94,8 @@ class TrainSettings(TrainFlags):
     warmup_steps: int = 20
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "bf16"] = "no"
+    sharding: Literal["none", "full"] = "none"
+    """full: of several processes each keeps a part of parameters, gradients and moments (docs/scaling.md)."""
     checkpointing: bool = False
     """Less memory for a third more time: blocks are computed again in the backward pass."""
     save_every: int = 200

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.align_card import mixture_card
 from anabranch.jobs.align_settings import TrainSettings
 from anabranch.jobs.erase_checks import fingerprint_of, same_as_before
 from anabranch.jobs.stages import plain_values_of, say
 from anabranch.mixture.lora import lora_layers
 from anabranch.models.language.folder import open_language_model
+from anabranch.specialize.mote.card import mixture_card
 from anabranch.specialize.mote.collate import ChainBatches, Row, StepSpanCollator, chain_row, fitting
 from anabranch.specialize.mote.folder import MANIFEST, base_tensors, fingerprint, save
 from anabranch.specialize.mote.mote import ChainLoss, Config, MoTE, build
@@ -57,7 +57,8 @@ def align_train(settings: TrainSettings) -> dict[str, Any]:
         if changed := [name for name, value in digest_of_base(mote).items() if before[name] != value]:
             raise CheckFailed("tensors of the base model changed", received=", ".join(changed[:5]))
         facts |= {"model": str(settings.model), "rows": len(rows), "dropped": dropped, "shapes": shapes(rows)}
-        write(mote, run.path, facts | {"skip": asdict(skip), "seed": settings.seed})
+        facts |= {"skip": asdict(skip), "seed": settings.seed, "base_tensors": len(before)}
+        write(mote, run.path, facts)
     tell(settings, facts)
     return facts
 
@@ -87,6 +88,8 @@ def training_config(settings: TrainSettings, num_rows: int) -> TrainConfig:
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
         mixed_precision=settings.mixed_precision,
+        sharding=settings.sharding,
+        tracker=settings.tracker,
         save_every=settings.save_every,
         seed=settings.seed,
     )
@@ -118,7 +121,7 @@ def read_chains(path: Path, steps: Steps) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             chain, question = dict(row["chain"]), row["question"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"{path}:{number} is no chain",
                 expected='{"question": ..., "chain": {"answer": ...}}',

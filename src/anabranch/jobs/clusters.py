@@ -15,12 +15,12 @@ from anabranch.allocate.clusters import kmeans, sinkhorn
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.errors import UsageError
-from anabranch.jobs.embed import embed
+from anabranch.jobs.embed import embed_together
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.stages import say
+from anabranch.jobs.together import first_alone, rank, summed
 from anabranch.measure.clusters.stability import stability
 from anabranch.models.bridge import bridge
-from anabranch.train.processes import processes
 from anabranch.train.publish import replace_folder
 from anabranch.train.touch import digest
 
@@ -29,20 +29,24 @@ STABILITY_RESAMPLES = 5
 
 
 def obtain_clusters(settings: PretrainSettings, base: nn.Module, images: Images, run: Path, count: int) -> Clustering:
-    """Clusters of the base's features, fitted by the first process and read by all."""
-    with processes().main_process_first():
-        if not (run / "clusters").exists():
-            clusters = fit_clusters(settings, base, images, count)
-            replace_folder(clusters.save, run / "clusters")
-        clusters = Clustering.load(run / "clusters")
+    """Clusters of the base's features: all processes look at images, the first one fits, all read what it found."""
+    [missing] = summed(float(rank() == 0 and not (run / "clusters").exists()))
+    if missing:
+        features = embed_together(base, images)
+
+        def fit() -> Path:
+            assert features is not None
+            return replace_folder(fit_clusters(settings, base, features, count).save, run / "clusters")
+
+        first_alone(fit)
+    clusters = Clustering.load(run / "clusters")
     say(f"clusters: {clusters.health_line}")
     for warning in clusters.health.get("warnings", []):
         say(f"  warning: {warning}")
     return clusters
 
 
-def fit_clusters(settings: PretrainSettings, base: nn.Module, images: Images, count: int) -> Clustering:
-    features = embed(base, images)
+def fit_clusters(settings: PretrainSettings, base: nn.Module, features: Tensor, count: int) -> Clustering:
     generator = torch.Generator().manual_seed(settings.seed)
     fitted = clusterer(settings, count)(features, generator)
     few = features[torch.randperm(len(features), generator=generator)[:STABILITY_IMAGES]]

@@ -19,10 +19,11 @@ from anabranch.jobs.erase_card import baked_card
 from anabranch.jobs.erase_checks import fingerprint_of, kept, open_model, same_as_before
 from anabranch.jobs.erase_sample import draw_latents, sampling_of
 from anabranch.jobs.erase_settings import BakeSettings, SampleSettings
+from anabranch.jobs.erase_train import check_untouched
 from anabranch.jobs.stages import plain_values_of, say
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
-from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint
+from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint, hashes
 from anabranch.suppress.geom_erasing.adapter_folder import CONFIG
 from anabranch.suppress.geom_erasing.bake import Baking, BakingBatches
 from anabranch.suppress.lora import add_lora, save_lora
@@ -52,7 +53,7 @@ def erase_bake(settings: BakeSettings) -> dict[str, Any]:
         same_as_before(run.path / TRAINING / SEEN, seen)
         numbers = torch.arange(settings.num_latents) % len(prompts)
         latents = latents_of(settings, applied, policy, [prompts[i] for i in numbers.tolist()], run.path / TRAINING)
-        parameters = add_lora(student, settings.r, settings.seed)
+        before, parameters = hashes(student), add_lora(student, settings.r, settings.seed)
         objective = Baking(
             student, teacher, parameters,
             encode_prompts(teacher, prompts), negative, encode_negatives(teacher, [""]),
@@ -68,7 +69,7 @@ def erase_bake(settings: BakeSettings) -> dict[str, Any]:
                 received=f"zeros after {settings.steps} steps",
                 hint="more --steps, or a higher learning_rate",
             )
-        facts = described(settings, applied, policy)
+        facts = described(settings, applied, policy) | {"touched": check_untouched(student, before, "lora")}
         write_baked(run.path, student, facts)
     say(f"\nbaked    {settings.out}: no negative prompt is needed")
     return facts
@@ -103,6 +104,7 @@ def training_config(settings: BakeSettings) -> TrainConfig:
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
             save_every=settings.save_every,
+            tracker=settings.tracker,
         )
     except ValueError as error:
         raise UsageError(str(error), hint="anabranch erase bake --help names the defaults") from None

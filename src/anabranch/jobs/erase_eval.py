@@ -28,10 +28,12 @@ from anabranch.jobs.erase_sample import sampling_of
 from anabranch.jobs.erase_settings import EvalSettings
 from anabranch.jobs.erase_study import After, Before, Study, floor_of, judged, study_after, study_before, study_never
 from anabranch.jobs.progress import Progress
+from anabranch.jobs.results import erased
 from anabranch.jobs.stages import plain_values_of, say
 from anabranch.measure.concept_ratio import Rate
 from anabranch.measure.erasure import LEVELS
 from anabranch.models.diffusion.family import image_side
+from anabranch.report.result import Results
 from anabranch.suppress.detectors import Detector, open_detector
 from anabranch.suppress.geom_erasing.adapter import apply, check_base, remove
 from anabranch.suppress.geom_erasing.adapter_folder import Adapter, read_adapter
@@ -44,7 +46,7 @@ FILES = 8
 """Pictures of an arm that are written out."""
 
 
-def erase_eval(settings: EvalSettings) -> dict[str, Any]:
+def erase_eval(settings: EvalSettings) -> Results:
     """Write settings.out; returns what eval.json holds.
 
     Raises:
@@ -85,7 +87,7 @@ def erase_eval(settings: EvalSettings) -> dict[str, Any]:
     tell(settings, result)
     if found is not None and (found.void or found.level == LEVELS[0]):
         raise CheckFailed(f"{settings.adapter}: {'void' if found.void else found.level}", received=found.reasons[0])
-    return result
+    return erased(result)
 
 
 def check(settings: EvalSettings) -> None:

@@ -96,6 +96,8 @@ def training_config(settings: TrainSettings) -> TrainConfig:
             seed=settings.seed,
             save_every=settings.save_every,
             mixed_precision=settings.mixed_precision,
+            sharding=settings.sharding,
+            tracker=settings.tracker,
         )
     except ValueError as error:
         raise UsageError(str(error), hint="anabranch erase train --help names the defaults") from None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from anabranch.train.trackers import Tracked
+
 Mode = Literal["data", "model"]
 Trained = Literal["lora", "denoiser", "tokens"]
 Policy = Literal["none", "name", "sampled", "prior", "all", "detected"]
@@ -39,7 +41,7 @@ class TrainFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(TrainFlags):
+class TrainSettings(TrainFlags, Tracked):
     alpha: float = 2.0
     """Weight of what lies outside of the concept over what lies inside; 1 is the plain loss."""
     r: int = 8
@@ -52,6 +54,8 @@ class TrainSettings(TrainFlags):
     warmup_steps: int = 20
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "bf16"] = "no"
+    sharding: Literal["none", "full"] = "none"
+    """full: of several processes each keeps a part of parameters, gradients and moments (docs/scaling.md)."""
     save_every: int = 250
     prompt_dropout: float = 0.1
     caption_dropout: float = 0.1
@@ -126,7 +130,7 @@ class BakeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BakeSettings(BakeFlags):
+class BakeSettings(BakeFlags, Tracked):
     guidance: float | None = None
     r: int = 8
     batch_size: int = 8

@@ -86,7 +86,7 @@ def erase_train(settings: TrainSettings) -> dict[str, Any]:
             pipe, vocabulary, config, latents, captions, boxes, size=side, word=concept, time_ids=time_ids
         )
         facts = run_training(settings, training, pipe, prepared, run.path / TRAINING)
-        check_untouched(pipe, before, config)
+        facts["touched"] = check_untouched(pipe, before, config.trained)
         found = [bins for bins in prepared.bins if bins]
         warnings += [warning] if (warning := strangers(policy, vocabulary, found, place_room(pipe, vocabulary))) else []
         facts |= described(settings, labels, prepared, config) | {"base": base, "policy": policy, "warnings": warnings}
@@ -198,16 +198,18 @@ def run_training(
     return {"steps": result.step, "words_moved": {name: round(share, 4) for name, share in moved.items()}}
 
 
-def check_untouched(pipe: Any, before: dict[str, str], config: Config) -> None:
+def check_untouched(pipe: Any, before: dict[str, str], trained: str) -> dict[str, int]:
     """Nothing may have changed but what was named: new words, LoRA, or the denoiser where it is trained."""
     after = hashes(pipe)
     renamed = {name.replace(".base_layer", "").replace(".table.", "."): value for name, value in after.items()}
     changed = [name for name, value in before.items() if renamed.get(name) != value]
-    allowed = family(pipe).DENOISER if config.trained == "denoiser" else None
+    allowed = family(pipe).DENOISER if trained == "denoiser" else None
     if strange := [name for name in changed if allowed is None or not name.startswith(f"{allowed}.")]:
         raise CheckFailed("tensors changed that were not to change", received=", ".join(strange[:5]))
     new = [name for name in renamed if name not in before]
-    say(f"{len(new)} new tensors, {len(changed)} changed, {len(before) - len(changed)} as before")
+    found = {"new": len(new), "changed": len(changed), "as_before": len(before) - len(changed)}
+    say("{new} new tensors, {changed} changed, {as_before} as before".format(**found))
+    return found
 
 
 def described(settings: TrainSettings, labels: Labels, prepared: Prepared, config: Config) -> dict[str, Any]:

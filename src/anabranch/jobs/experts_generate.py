@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from anabranch.errors import UsageError
+from anabranch.jobs.experts_card import experts_card
 from anabranch.jobs.experts_settings import GenerateSettings
 from anabranch.jobs.experts_skip import check as check_skipping
 from anabranch.jobs.experts_skip import skipping
@@ -139,6 +140,7 @@ def export(
     def write(folder: Any) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(experts_card("steered", {"touched": touched}, settings), encoding="utf-8")
 
     with hushed():
         publish_folder(write, settings.export)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import UsageError, did_you_mean
+from anabranch.jobs.experts_card import experts_card
 from anabranch.jobs.experts_settings import MergeSettings
 from anabranch.jobs.experts_texts import batches_of, halves, read_windows
 from anabranch.jobs.experts_written import RESULT, averaged, change, losses_by_label, tell_losses, write_checkpoint
@@ -22,6 +23,7 @@ from anabranch.reuse.calibration import Batch, captured
 from anabranch.reuse.merge import mc_smoe, sub_moe
 from anabranch.reuse.merge.tie import Labels, members, tie
 from anabranch.train.publish import refuse_other_results
+from anabranch.train.touch import digest, touch_report
 
 METHODS = ("mc_smoe", "sub_moe")
 CONTROLS = 3
@@ -45,8 +47,10 @@ def experts_merge(settings: MergeSettings) -> dict[str, Any]:
             hint="with all of them kept nothing would be merged",
         )  # fmt: skip
     before, drawn = losses_by_label(model, texts), copy.deepcopy(model)
-    usage = usage_of(model, batches)
+    usage, digests = usage_of(model, batches), digest(model)
     labels = merged(settings, model, batches)
+    shared = [name for name, own in labels.items() if len(set(own)) < len(own)]
+    report = touch_report(digests, digest(model), named=[f"{name}.experts.*" for name in shared])
     after = losses_by_label(model, texts)
     controls = []
     for draw in range(CONTROLS):
@@ -62,8 +66,9 @@ def experts_merge(settings: MergeSettings) -> dict[str, Any]:
         "by": settings.by, "target": list(settings.target), "losses": rows,
         "groups": {name: list(members(own).values()) for name, own in labels.items()},
         "distinct": sum(len(set(own)) for own in labels.values()), "of": sum(map(len, labels.values())),
+        "touched": list(report.changed), "left_alone": len(report.left_alone),
     }  # fmt: skip
-    write_checkpoint(model, tokenizer, settings.out, told)
+    write_checkpoint(model, tokenizer, settings.out, told, experts_card("merged", told, settings))
     tell_losses(rows, before)
     print(f"\ncheckpoint  {settings.out}    ({told['distinct']} of {told['of']} experts are distinct)")
     return told

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from anabranch.errors import UsageError
+from anabranch.errors import Stopped, UsageError
 from anabranch.jobs.experts_settings import ProfileSettings
 from anabranch.jobs.experts_texts import Windows, read_windows
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.stages import plain_values_of
+from anabranch.jobs.together import first_alone, rank, share, summed
+from anabranch.measure.experts.merged import merged
 from anabranch.measure.experts.ranking import dsmoe, router_lens
 from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.measure.experts.ranking.seuf import DocumentMeans
@@ -29,6 +31,7 @@ from anabranch.measure.experts.statistics import Collector, ExpertStats, notes_o
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
+from anabranch.train.processes import launched
 from anabranch.train.signals import StopFlag
 
 PART_EVERY = 50
@@ -49,13 +52,18 @@ def experts_profile(settings: ProfileSettings) -> ExpertStats:
         settings.data, tokenizer, length=settings.length, limit=settings.limit, least=settings.num_folds, part="train"
     )
     stats = passes(settings, model, layers, texts) if settings.collect == "passes" else tuned(settings, model, texts)
+    first_alone(lambda: write(settings, stats))
+    part_of(settings.out).unlink(missing_ok=True)
+    if rank() == 0:
+        tell(settings, stats)
+    return stats
+
+
+def write(settings: ProfileSettings, stats: ExpertStats) -> None:
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     stats.save(settings.out)
     told = settings.out.with_name(f"{settings.out.name}.json")
     told.write_text(json.dumps(described(settings, stats), indent=1) + "\n", encoding="utf-8")
-    part_of(settings.out).unlink(missing_ok=True)
-    tell(settings, stats)
-    return stats
 
 
 def passes(
@@ -66,7 +74,7 @@ def passes(
         outputs=settings.outputs, residual=settings.outputs, fingerprint=fingerprint(model),
     )  # fmt: skip
     read_all(settings, model, collector, texts)
-    return collector.stats
+    return merged(collector.stats)
 
 
 def tuned(settings: ProfileSettings, model: Any, texts: Sequence[Windows]) -> ExpertStats:
@@ -107,6 +115,10 @@ def refuse_taken(settings: ProfileSettings) -> None:
             f"--collect {settings.collect} knows neither --outputs nor --resume", expected="neither",
             received="--outputs" if settings.outputs else "--resume",
         )  # fmt: skip
+    if settings.collect != "passes" and launched() > 1:
+        raise UsageError(
+            f"--collect {settings.collect} trains, and is not shared", expected="one process", received=launched()
+        )
     if settings.out.exists():
         raise UsageError(f"{settings.out} is there already", expected="a free name", hint="another --out")
     if part_of(settings.out).exists() and not settings.resume:
@@ -117,33 +129,49 @@ def refuse_taken(settings: ProfileSettings) -> None:
 
 
 def part_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.part")
+    """Of several processes each has its own, and goes on with it in the same number of processes alone."""
+    several = f"-{rank() + 1}-of-{launched()}" if launched() > 1 else ""
+    return out.with_name(f"{out.name}.part{several}")
 
 
 def read_all(settings: ProfileSettings, model: Any, collector: Collector, texts: Sequence[Windows]) -> None:
-    """Batches of one label each, in their order; what was read before a stop is not read again."""
+    """Batches of one label each, in their order, of several processes each its share; a stop loses none."""
     batches = [
         (label, windows, start)
         for label, windows in enumerate(texts)
         for start in range(0, len(windows.input_ids), settings.batch_size)
     ]
+    if len(batches) < launched():
+        raise UsageError("there is too little to share", expected=f"{launched()} batches", received=len(batches))
     digest = digest_of(texts)
     done = going_on(settings, collector, digest) if settings.resume else 0
-    with StopFlag() as stop, Progress("experts profile", len(batches), done) as progress:
-        for i in range(done, len(batches)):
-            if stop.is_set:
-                save_part(settings, collector.stats, i, digest)
-                stop.check(f"stopped after {i} of {len(batches)} batches; --resume goes on")
-            label, windows, start = batches[i]
-            part = slice(start, start + settings.batch_size)
-            ids, mask = windows.input_ids[part].to(model.device), windows.attention_mask[part].to(model.device)
-            labels = torch.full((len(ids), 1), label, device=model.device)
-            folds = windows.folds(settings.num_folds)[part].to(model.device)
-            with torch.no_grad(), collector.collecting(labels, folds, mask):
-                model.get_decoder()(input_ids=ids, attention_mask=mask)
-            if (i + 1) % PART_EVERY == 0:
-                save_part(settings, collector.stats, i + 1, digest)
-            progress.advance(windows.label)
+    mine = share(batches)
+    with StopFlag() as stop, Progress("experts profile", len(mine), done) as progress:
+        while True:
+            told, left = summed(float(stop.is_set), float(len(mine) - done))  # one may have gone on from further behind
+            if not left:
+                break
+            if told:
+                save_part(settings, collector.stats, done, digest)
+                stop.check(what := f"stopped after {done} of {len(mine)} batches; --resume goes on")
+                raise Stopped(f"{what}: another process was told to stop")
+            if done < len(mine):
+                read_batch(settings, model, collector, *mine[done])
+                done += 1
+                if done % PART_EVERY == 0:
+                    save_part(settings, collector.stats, done, digest)
+                progress.advance(mine[done - 1][1].label)
+
+
+def read_batch(
+    settings: ProfileSettings, model: Any, collector: Collector, label: int, windows: Windows, start: int
+) -> None:
+    part = slice(start, start + settings.batch_size)
+    ids, mask = windows.input_ids[part].to(model.device), windows.attention_mask[part].to(model.device)
+    labels = torch.full((len(ids), 1), label, device=model.device)
+    folds = windows.folds(settings.num_folds)[part].to(model.device)
+    with torch.no_grad(), collector.collecting(labels, folds, mask):
+        model.get_decoder()(input_ids=ids, attention_mask=mask)
 
 
 def save_part(settings: ProfileSettings, stats: ExpertStats, done: int, texts: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anabranch.errors import CheckFailed, UsageError, did_you_mean
+from anabranch.jobs.experts_card import experts_card
 from anabranch.jobs.experts_rank import chosen, known, module
 from anabranch.jobs.experts_settings import PruneSettings
 from anabranch.jobs.experts_steer import expert_of
@@ -35,6 +36,7 @@ from anabranch.models.mixtures.layers import MixtureLayer, open_layers
 from anabranch.reuse.prune import naee
 from anabranch.reuse.prune.keep import Keep, masked, prune, random_keep, uniform
 from anabranch.train.publish import refuse_other_results
+from anabranch.train.touch import digest, touch_report
 
 WITHOUT_STATS = ("naee", "random")
 SUPER = "super"
@@ -62,19 +64,21 @@ def experts_prune(settings: PruneSettings) -> dict[str, Any]:
     calibration, texts = halves(texts) if settings.by == "naee" else ([], texts)
     protect = protected(settings, stats)
     keep = to_keep(settings, model, layers, stats, calibration, protect)
-    before = losses_by_label(model, texts)
+    before, digests = losses_by_label(model, texts), digest(model)
     drawn = controls(settings, model, layers, texts, before, protect)
     rows = {f"random, mean of {len(drawn)}": averaged(drawn)} if drawn else {}
     with masked(layers, keep):
         expected = losses_by_label(model, texts)
     prune(model, keep)
+    report = touch_report(digests, digest(model), named=[f"{layer.name}.*" for layer in layers])
     after = losses_by_label(model, texts)
     rows = {settings.by: {name: change(before[name], after[name]) for name in before}} | rows
     told = {
         "by": settings.by, "target": list(settings.target), "kept": keep, "protected": [list(pair) for pair in protect],
         "losses": rows, "weights": sum(value.numel() for value in model.parameters()),
+        "touched": list(report.changed), "left_alone": len(report.left_alone),
     }  # fmt: skip
-    write_checkpoint(model, tokenizer, settings.out, told)
+    write_checkpoint(model, tokenizer, settings.out, told, experts_card("pruned", told, settings))
     tell_losses(rows, before)
     print(f"\ncheckpoint  {settings.out}    ({told['weights']:,} weights; transformers opens it alone)")
     refuse_difference(expected, after)

@@ -19,7 +19,9 @@ from torch import Tensor
 import anabranch.measure.experts.ranking as rankings
 from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.experts_settings import RankSettings
+from anabranch.jobs.results import ranked as of_ranking
 from anabranch.measure.experts.statistics import OUTPUTS, RESIDUAL, ExpertStats
+from anabranch.report.result import Results
 
 RANDOM = "random"
 """The control: one draw, which no resampling moves."""
@@ -35,8 +37,8 @@ class Ranked(NamedTuple):
     """Of their scores, 95 %."""
 
 
-def experts_rank(settings: RankSettings) -> dict[str, Ranked]:
-    """Print the table, write settings.out if it is given; returns the rankings by name."""
+def experts_rank(settings: RankSettings) -> Results:
+    """Print the table, write settings.out if it is given; returns the rankings by name, each a `Ranked`."""
     stats = ExpertStats.load(settings.stats)
     others = checked(settings, stats)
     if settings.out is not None:
@@ -46,9 +48,10 @@ def experts_rank(settings: RankSettings) -> dict[str, Ranked]:
     names = chosen(settings.by, stats)
     found = {name: ranked(module(name), stats, settings, others) for name in names}
     tell(settings, stats, found)
+    told = described(settings, stats, found)
     if settings.out is not None:
-        settings.out.write_text(json.dumps(described(settings, stats, found), indent=1) + "\n", encoding="utf-8")
-    return found
+        settings.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return Results(found, of_ranking(told).tables)
 
 
 def checked(settings: RankSettings, stats: ExpertStats) -> list[str]:

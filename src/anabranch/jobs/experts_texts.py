@@ -75,7 +75,8 @@ def read_documents(source: str, part: str) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read", expected="a text", received=error.strerror) from None
+        hint = f"{SHIPPED}{DOMAINS[0]} is a text that ships" if ":" in source else None
+        raise UsageError(f"{path} cannot be read", expected="a text", received=error.strerror, hint=hint) from None
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is no UTF-8", expected="UTF-8", received=f"byte {error.object[error.start]:#x} at {error.start}",
@@ -95,7 +96,7 @@ def rows_of(path: Path, text: str) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}:{number} is not JSON", expected='{"text": ...}', received=str(error)) from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UsageError(f"{path}:{number} has no text", expected='{"text": ...}', received=line[:80])

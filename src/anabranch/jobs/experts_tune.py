@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from anabranch.errors import CheckFailed, UsageError
+from anabranch.jobs.experts_card import experts_card
 from anabranch.jobs.experts_rank import chosen, module
 from anabranch.jobs.experts_settings import TuneSettings
 from anabranch.jobs.experts_texts import SHIPPED, Windows, read_windows
@@ -28,6 +29,7 @@ from anabranch.jobs.experts_written import (
 from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.models.language.folder import hushed, open_language_model
+from anabranch.models.mixtures.adapter import MANIFEST
 from anabranch.specialize import ceft, esft
 from anabranch.specialize.expert_tuning import Tuned
 from anabranch.train.publish import publish_folder, refuse_other_results
@@ -60,16 +62,19 @@ def experts_tune(settings: TuneSettings) -> dict[str, Any]:
     told = {
         "by": settings.by, "target": settings.target, "experts": {n: list(e) for n, e in tuned.adapter.experts.items()},
         "losses": rows, "tuned_weights": sum(value.numel() for value in tuned.adapter.tensors.values()),
-        "weights": sum(value.numel() for value in model.parameters()), "touched": list(report.changed),
+        "weights": sum(value.numel() for value in model.parameters()),
+        "touched": list(report.changed), "left_alone": len(report.left_alone),
     }  # fmt: skip
 
     def write(folder: Any) -> None:
         tuned.adapter.save(folder)
-        (folder / RESULT).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        whole = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | told  # one file has both
+        (folder / RESULT).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(experts_card("tuned", told, settings, adapter=True), encoding="utf-8")
 
     publish_folder(write, settings.out)
     if settings.merged is not None:
-        write_checkpoint(model, tokenizer, settings.merged, told)
+        write_checkpoint(model, tokenizer, settings.merged, told, experts_card("tuned", told, settings))
     tell(settings, told, tuned, before)
     refuse_nothing_learnt(settings.by, learnt.label, told["losses"][settings.by][learnt.label])
     return told

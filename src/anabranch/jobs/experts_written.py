@@ -58,12 +58,13 @@ def own_stats(file: Path, model: Any) -> ExpertStats:
     return stats
 
 
-def write_checkpoint(model: Any, tokenizer: Any, folder: Path, told: Mapping[str, Any]) -> None:
-    """A stock folder, as transformers writes it, and what was done in experts.json."""
+def write_checkpoint(model: Any, tokenizer: Any, folder: Path, told: Mapping[str, Any], card: str) -> None:
+    """A stock folder, as transformers writes it, a card, and what was done in experts.json."""
 
     def write(unfinished: Path) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         (unfinished / RESULT).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
     with hushed():

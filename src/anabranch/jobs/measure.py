@@ -36,11 +36,14 @@ from anabranch.jobs.inside import look_inside
 from anabranch.jobs.learners import family_of, learner, training
 from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.progress import Progress
+from anabranch.jobs.results import measured
 from anabranch.jobs.settings import MeasureSettings
+from anabranch.jobs.together import Beat, first_alone, rank, share
 from anabranch.measure.intervals import interval
 from anabranch.measure.probes import PROBES, ProbeConfig, check_task, probe
 from anabranch.measure.relatedness import agreement
 from anabranch.measure.transfer import SHARED, TransferScores, summarise
+from anabranch.report.result import Results
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.publish import replace_folder
 from anabranch.train.run_folder import RunFolder, differing_keys
@@ -73,21 +76,23 @@ class Cell:
         return f"{self.model}.seed-{self.seed}"
 
 
-def measure(settings: MeasureSettings) -> dict[str, Any]:
+def measure(settings: MeasureSettings) -> Results:
     """Train, probe, summarise; writes transfer.json and report.html into the run and returns what the former holds."""
     corpus = open_corpus(settings)
     with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), settings.resume) as run:
-        check_same_images(run.path, [*corpus.sources, *corpus.tasks])
+        first_alone(lambda: check_same_images(run.path, [*corpus.sources, *corpus.tasks]))
         cells = plan(settings, corpus)
         made_with = {"settings": _plain(settings), "version": __version__}
         shared = (settings, corpus, run.path)
         results = run_cells(run.path / "models", cells, train_and_probe, shared, made_with, settings.workers, stop)
         result = conclude(settings, corpus, cells, results)
-        write_json(run.path / "transfer.json", result)
+        if rank() == 0:
+            write_json(run.path / "transfer.json", result)
     from anabranch.jobs.pages import write_transfer_page
 
-    write_transfer_page(settings.out)
-    return result
+    if rank() == 0:
+        write_transfer_page(settings.out)
+    return measured(result)
 
 
 def _plain(settings: MeasureSettings) -> dict[str, Any]:
@@ -170,16 +175,21 @@ def run_cells(
     folder.mkdir(exist_ok=True)
     made_with = json.loads(json.dumps(made_with))  # as a file gives it back
     results = {cell.key: read_cell(path, made_with) for cell in cells if (path := folder / f"{cell.key}.json").exists()}
-    missing = [cell for cell in cells if cell.key not in results]
-    with Progress(folder.name, total=len(cells), done=len(results)) as progress:
-        for cell, result in side_by_side(work, shared, missing, workers, lambda: stop.is_set):
+    mine = share([cell for cell in cells if cell.key not in results])
+    beat = Beat(len(mine), stop)  # from here on all have looked at the folder, and one of them may add to it
+    with Progress(folder.name, total=len(results) + len(mine), done=len(results)) as progress:
+        for cell, result in side_by_side(work, shared, mine, workers, beat):
             write_json(folder / f"{cell.key}.json", {"made_with": made_with, **result})
             results[cell.key] = result
+            beat.left -= 1
             progress.advance(f"{cell.key}: {result['seconds']:.0f} s")
-    if stop.is_set:
+    beat.until_all_are_done()
+    others = [cell for cell in cells if cell.key not in results and (folder / f"{cell.key}.json").exists()]
+    results |= {cell.key: read_cell(folder / f"{cell.key}.json", made_with) for cell in others}
+    if beat.stopped:
         what = f"stopped with {len(results)} of {len(cells)} {folder.name} finished"
         raise Stopped(what, hint="the same command with --resume")
-    return results
+    return {cell.key: results[cell.key] for cell in cells}  # not in the order in which they were finished
 
 
 def read_cell(path: Path, made_with: dict[str, Any]) -> dict[str, Any]:

@@ -234,6 +234,14 @@ def second_probe(result: dict[str, Any]) -> Section:
 
 def write_page(run: Path) -> Path:
     """report.html of any run, from its files."""
+    if (run / "demos.json").exists():
+        from anabranch.jobs.demo_all_page import write_demos_page
+
+        return write_demos_page(run)
+    if (run / "experts-demo.json").exists():
+        from anabranch.jobs.experts_demo_page import write_experts_demo_page
+
+        return write_experts_demo_page(run)
     if (run / "sdr.json").exists():
         from anabranch.jobs.sdr_page import write_subnet_page
 

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from anabranch.train.trackers import Tracked
+
 Budget = Literal["equal-steps", "equal-images", "equal-epochs", "equal-exposure"]
 Objective = Literal["mae", "simsiam", "byol"]
 Method = Literal["moce", "mae", "token-moe", "sdr", "simsiam", "byol"]
 Scope = Literal["ffn", "blocks", "encoder", "autoencoder"]
 Select = Literal["cluster", "path", "knn"]
+DEMOS = {
+    "transfer": "where sharing hurts, and what experts do about it",
+    "erase": "a mark that nobody asked for, and what erasing does about it",
+    "align": "a model that thinks before it answers, with one expert for each step",
+    "experts": "what the experts of a small mixture know",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,7 @@ class PretrainFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(PretrainFlags):
+class PretrainSettings(PretrainFlags, Tracked):
     seed: int = 0
     batch_size: int = 64
     learning_rate: float | None = None
@@ -101,6 +109,8 @@ class PretrainSettings(PretrainFlags):
     channels: Literal[1, 3] | None = None
     augment: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
+    sharding: Literal["none", "full"] = "none"
+    """full: of several processes each keeps a part of parameters, gradients and moments (docs/scaling.md)."""
     assignment: Literal["gate", "fixed"] = "fixed"
     """gate: a learned gate sees the cluster; fixed: balanced groups of clusters are the experts."""
     expert_layers: tuple[int, ...] | None = None
@@ -179,13 +189,13 @@ class CustomizeSettings(CustomizeFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
-    topic: str = "transfer"
-    """What to show: transfer, erase or align."""
+    topic: str = "all"
+    """What to show: transfer, erase, align, experts, or all of them."""
     out: Path = Path("runs/demo")
-    """The folder to write."""
+    """The folder to write; of one topic runs/demo/TOPIC, where the demo of all of them finds it."""
     seeds: int = 3
     """Repetitions; of transfer alone."""
     steps: int = 1000
     """Optimiser steps of a model; the stage with experts gets as many again. Of erase: of an eraser, else its own."""
     resume: bool = False
-    """Go on with a demo that was stopped; of transfer alone."""
+    """Go on: of all, keep the finished ones and run the rest; of transfer, keep the models that are trained."""

@@ -27,6 +27,8 @@ from anabranch.train.touch import digest
 
 TOUCHED = "touched.json"
 LOOK_IMAGES = 2000
+NO_NUMBER = ("out", "resume", "sharding")
+"""Settings that decide where a run is and how it is spread out, but not what it learns: a resumed one may differ."""
 
 
 def say(line: str) -> None:
@@ -48,7 +50,7 @@ def open_run(settings: PretrainSettings, images: Images) -> Iterator[Path]:
 
 
 def plain_values(settings: PretrainSettings) -> dict[str, Any]:
-    values = {name: value for name, value in asdict(settings).items() if name not in ("out", "resume")}
+    values = {name: value for name, value in asdict(settings).items() if name not in NO_NUMBER}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return plain | {"base": None if settings.base is None else str(settings.base)}
 
@@ -134,6 +136,8 @@ def train_stage(
         seed=settings.seed,
         save_every=settings.save_every,
         mixed_precision=settings.mixed_precision,
+        sharding=settings.sharding,
+        tracker=settings.tracker,
     )
     before, trainable = digest(objective), [n for n, p in objective.named_parameters() if p.requires_grad]
     result = train(objective, stream, config, folder, resume=(folder / "checkpoints").exists(), report=say)
@@ -196,5 +200,5 @@ def finish(run: Path, settings: PretrainSettings, images: Images, summary: dict[
 
 def plain_values_of(settings: Any) -> dict[str, Any]:
     """What a run folder keeps of its settings, in plain values: all but where it is and whether it goes on."""
-    values = {name: value for name, value in asdict(settings).items() if name not in ("out", "resume")}
+    values = {name: value for name, value in asdict(settings).items() if name not in NO_NUMBER}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

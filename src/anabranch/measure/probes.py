@@ -6,8 +6,10 @@ Equation  : logistic regression min_w sum_i CE(w z_i, y_i) + ||w||^2 / (2 C); kN
 Shapes    : N images, D features; z = (x - mean) / sd, both from the drawn labelled images alone.
 Differs   : C = 0.1 and k = min(20, labels / classes); nothing is tuned on the test images.
 Check     : separable data score 1, shuffled labels score chance (tests/measure/test_probes.py).
+Exempt    : samples (labels are drawn by the place of their image)
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -33,6 +35,9 @@ class ProbeConfig:
         for name in ("num_labels", "num_draws", "num_neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, received {getattr(self, name)}")
+        for name in ("regularisation", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, received {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ Check     : r independent directions count as r (tests/measure/test_rank.py).
 import torch
 from torch import Tensor
 
+from anabranch.errors import UsageError
+
 SHARE = 0.95
 CONSTANT = 1e-6
 FEWER = 0.5
@@ -20,6 +22,10 @@ FEWER = 0.5
 
 def directions(features: Tensor) -> int:
     """Number of principal directions that hold 95 % of the variance of standardised features (N, D); 0 if none vary."""
+    if not features.isfinite().all():
+        raise UsageError(
+            "the features hold values that are not finite", hint="the model diverged: lower its learning rate"
+        )
     variance_D, mean_D = torch.var_mean(features.double(), dim=0, correction=0)
     kept = variance_D.sqrt() >= CONSTANT
     if not kept.any():

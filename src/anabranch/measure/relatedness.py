@@ -12,12 +12,18 @@ Check     : a task drawn from one source is related to it (tests/measure/test_re
 import numpy as np
 from sklearn.cluster import KMeans
 
+from anabranch.errors import UsageError
+
 
 def relatedness(
     task_features: list[np.ndarray], source_features: list[np.ndarray], num_centroids: int = 8, seed: int = 0
 ) -> np.ndarray:
     """r (tasks, sources); every row sums to one."""
     together = np.concatenate(source_features)
+    if not all(np.isfinite(features).all() for features in (together, *task_features)):
+        raise UsageError(
+            "the features hold values that are not finite", hint="the model diverged: lower its learning rate"
+        )
     mean, spread = together.mean(0), together.std(0)
     scale = np.where(spread > 1e-7, spread, 1)
     centroids, owner = [], []

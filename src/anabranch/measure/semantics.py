@@ -33,7 +33,8 @@ def routing_semantics(selected: np.ndarray, clusters: np.ndarray, labels: np.nda
 
 def pixel_routing(logits: np.ndarray, patch_mean: np.ndarray, patch_std: np.ndarray) -> float:
     """R^2 in [0, 1] of the logits on the patch's mean and standard deviation."""
-    look = np.stack([patch_mean, patch_std], 1)
+    look = np.stack([patch_mean, patch_std], 1).astype(np.float64)
+    logits = logits.astype(np.float64)
     spread = logits.var(0)
     if not (spread > 1e-12).any():
         return 0.0

@@ -44,6 +44,8 @@ class TransferScores:
         for name in ("accuracy", "choose", "report"):
             if getattr(self, name).shape != expected:
                 raise ValueError(f"{name}: expected shape {expected}, received {getattr(self, name).shape}")
+            if not np.isfinite(getattr(self, name)).all():  # the best of several would be the one without a number
+                raise ValueError(f"{name}: expected an accuracy for every model and task, received NaN or infinity")
 
 
 def gap_own(scores: TransferScores, task: int) -> np.ndarray:

@@ -179,7 +179,8 @@ def draw_map(title: str, ends: NDArray[np.float64], frame: Frame, scale: float) 
         for row, name in enumerate(frame.row_names)
     ]
     names = frame.row_names, frame.column_names
-    return grid(cells, *names, title=title, corner=frame.row_title, above=frame.column_title)
+    width = max(86, text_width([one.below for row in cells for one in row], size=10) + 2)
+    return grid(cells, *names, title=title, corner=frame.row_title, above=frame.column_title, width=width)
 
 
 def diverging_cell(value: float, low: float, high: float, own: bool, frame: Frame, scale: float) -> Cell:

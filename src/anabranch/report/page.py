@@ -6,6 +6,7 @@ policy inside it forbids what it does not need, so a hostile label could do noth
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,9 @@ from markupsafe import Markup
 
 from anabranch import __version__
 from anabranch.report.text import cell, inert, is_numeric
+
+BESIDE = re.compile(r"[\w.-]+(/[\w.-]+)*")
+"""A relative file: no scheme, no other host, no way up."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,14 @@ class Section:
     tables: Sequence[Table] = ()
     kind: Literal["plain", "caution", "detail"] = "plain"
     """A caution is set off at the margin; a detail starts folded."""
+    links: Sequence[tuple[str, str]] = ()
+    """(words, file) of pages that lie beside this one or in folders under it."""
 
     def __post_init__(self):
-        refuse_text(text=self.text)
+        refuse_text(text=self.text, links=self.links)
+        for words, file in self.links:
+            if not BESIDE.fullmatch(file) or ".." in file.split("/"):
+                raise ValueError(f"links: expected a file beside the page for {words!r}, received {file!r}")
         if self.kind not in ("plain", "caution", "detail"):
             raise ValueError(f"kind: expected plain, caution or detail, received {self.kind!r}")
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anabranch.errors import UsageError
-from anabranch.reuse.serve.placement import Chunk, Cost, Devices, Plan, contiguous, cost, least_loaded, native
+from anabranch.reuse.serve.placement import Chunk, Cost, Devices, Plan, balanced, contiguous, cost, least_loaded, native
 
 HEAVY = st.lists(st.one_of(st.integers(0, 50), st.integers(0, 100_000)), min_size=1, max_size=24)
 
@@ -136,3 +136,26 @@ def test_wrong_uses_say_what_was_expected():
         least_loaded([1, 2], [0, 1], 2, factor=0.9)
     with pytest.raises(UsageError, match="fewer than no tokens"):
         native([1, -2], [0, 1], 2)
+
+
+# owners by load
+
+
+def test_owners_by_load_by_hand():
+    """9 and 8 apart, 7 to the lighter one (8), 1 to the other; by order the first device would have 17 of 25."""
+    assert balanced([9, 8, 7, 1], 2) == [0, 1, 1, 0]
+    assert balanced([5, 5, 5], 4) == [0, 1, 2]
+    assert balanced([100, 1, 1, 1], 2) == [0, 1, 1, 0]  # memory first: two experts each, however busy one is
+
+
+@settings(max_examples=200, deadline=None)
+@given(HEAVY, st.integers(1, 9))
+def test_owners_by_load_share_memory_evenly_and_are_within_the_heaviest_of_the_best(tokens, devices):
+    owner = balanced(tokens, devices)
+    most = -(-len(tokens) // devices)
+    load = [sum(n for n, home in zip(tokens, owner, strict=True) if home == device) for device in range(devices)]
+    assert all(owner.count(device) <= most for device in range(devices))
+    assert all(0 <= home < devices for home in owner)
+    assert max(load) <= most * max(tokens)
+    if len(tokens) <= devices:
+        assert max(load) == max(tokens)

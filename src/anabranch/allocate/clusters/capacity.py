@@ -13,6 +13,7 @@ Check     : sizes are always within the bounds; with prices at least 99 % of the
 import torch
 from torch import Tensor
 
+from anabranch.allocate.clusters.features import check_finite
 from anabranch.allocate.clusters.record import row_argmax
 from anabranch.errors import UsageError
 
@@ -20,6 +21,8 @@ from anabranch.errors import UsageError
 def capacity_labels(scores: Tensor, capacity: Tensor | int, minimum: Tensor | int = 0) -> Tensor:
     """Labels (N,) that respect `capacity` and `minimum`, each one number or one per cluster."""
     N, K = scores.shape
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    check_finite(scores)  # no margin is larger than NaN
     capacity_K = torch.as_tensor(capacity).expand(K)
     minimum_K = torch.as_tensor(minimum).expand(K)
     if capacity_K.sum() < N or minimum_K.sum() > N or (minimum_K > capacity_K).any():

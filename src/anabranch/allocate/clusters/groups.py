@@ -40,6 +40,7 @@ def group_clusters(
             expected=f"at least {num_groups} clusters",
             received=len(centroids),
         )
+    centroids = centroids.detach().to(torch.promote_types(centroids.dtype, torch.float32))
     found = [balanced_groups(centroids, sizes, num_groups, generator) for _ in range(restarts)]
     best_K = min(found, key=lambda groups: spread(centroids, sizes, groups, num_groups))
     first_E = torch.stack([(best_K == group).nonzero()[0, 0] for group in range(num_groups)])

@@ -12,7 +12,7 @@ Check     : M = [[2, 1], [1, 3]] -> Q_11 = 0.355051; the log form to 1e-5 (tests
 """
 
 from dataclasses import asdict, dataclass, replace
-from math import ceil, floor, log
+from math import ceil, floor, inf, log
 from typing import Any, NamedTuple
 
 import torch
@@ -56,11 +56,15 @@ class Config(FeatureConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("epsilon", "tolerance", "iterations", "rounds"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < inf:
                 raise ValueError(f"{name}: expected above 0, received {getattr(self, name)}")
+        if not 0 <= self.moved_share <= 1:
+            raise ValueError(f"moved_share: expected 0..1, received {self.moved_share}")
+        if not 1 <= self.max_size_ratio < inf:
+            raise ValueError(f"max_size_ratio: expected at least 1, received {self.max_size_ratio}")
         if not 0 <= self.target_alpha <= 1:
             raise ValueError(f"target_alpha: expected 0..1, received {self.target_alpha}")
-        if self.capacity_factor is not None and self.capacity_factor < 1:
+        if self.capacity_factor is not None and not 1 <= self.capacity_factor < inf:
             raise ValueError(f"capacity_factor: expected at least 1, received {self.capacity_factor}")
         if not self.l2:
             raise ValueError("l2: expected True (the plan compares cosines), received False")

@@ -10,6 +10,7 @@ Differs   : the places of the windows are the same for all shadows too, so that 
             keep their numbers, as one initialisation made them.
 Check     : equal texts give distance 0; planted imitators are nearer to their teachers than to others
             (tests/measure/experts/test_shadow.py).
+Exempt    : samples (texts are one stream of bytes, read in their order)
 
 Any two models can be compared, dense ones as well: what they wrote is all that is read. Let all of them answer the same
 questions; texts on different subjects tell subjects apart, not models. Training scatters: on planted habits of letters

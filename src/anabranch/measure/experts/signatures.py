@@ -27,7 +27,7 @@ from torch import Tensor
 
 from anabranch.errors import UsageError
 from anabranch.measure.experts.domain_specialisation import load
-from anabranch.measure.experts.statistics import ExpertStats
+from anabranch.measure.experts.statistics import ExpertStats, finite
 
 TIE = 1e-3
 """Of collaboration in the cost of a matching: it decides between experts that specialise alike, and no more."""
@@ -62,7 +62,7 @@ def specialisation(stats: ExpertStats) -> Tensor:
 
 def collaboration(stats: ExpertStats) -> Tensor:
     """C (L, N, N): of the tokens that use one of two experts, the share that uses both; 0 where neither is used."""
-    pairs_LNN = stats.pairs.sum(0)
+    pairs_LNN = finite(stats.pairs, "pairs", "all").sum(0)
     used_LN = pairs_LNN.diagonal(dim1=-2, dim2=-1)
     either_LNN = used_LN[:, :, None] + used_LN[:, None] - pairs_LNN
     return torch.where(either_LNN > 0, pairs_LNN / either_LNN.clamp(min=1), torch.zeros_like(pairs_LNN))

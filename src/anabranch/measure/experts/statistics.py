@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anabranch.errors import UsageError, did_you_mean
+from anabranch.models.hub.card import front_matter
+from anabranch.models.hub.pretrained import Pretrained
 from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.models.mixtures.routing import Seen, norm_after, watched
 
@@ -37,11 +39,31 @@ RESIDUAL = ("turn",)
 MAXIMA = ("peak",)
 FORMAT = "anabranch expert statistics 1"
 NOTHING = torch.empty(0)
+CARD = """\
+{head}# Statistics of experts
+
+What the routers and experts of one mixture did on labelled tokens: {layers} layers of {experts} experts, {top_k} chosen
+for a token; the model's fingerprint is `{model}`.
+
+| label | tokens |
+| --- | --- |
+{rows}
+
+Sums: {sums}.
+
+```python
+from anabranch.measure.experts.statistics import ExpertStats
+
+stats = ExpertStats.from_pretrained("path/to/this/folder")
+```
+"""
 
 
 @dataclass
-class ExpertStats:
+class ExpertStats(Pretrained):
     """The sums; `stats["count"]` is (D, F, L, N) float64."""
+
+    MARK = "statistics.safetensors"
 
     labels: tuple[str, ...]
     layers: tuple[str, ...]
@@ -73,11 +95,14 @@ class ExpertStats:
 
     def of(self, name: str, label: str) -> Tensor:
         """(L, N): one label's sum over all folds."""
-        own = self[name][self.index(label)]
+        own = finite(self[name][self.index(label)], name, label)
         return own.amax(0) if name in MAXIMA else own.sum(0)
 
     def num_tokens(self, label: str) -> float:
-        return float(self.tokens[self.index(label)].sum())
+        return float(finite(self.tokens[self.index(label)], "number of tokens", label).sum())
+
+    def num_documents(self, label: str) -> float:
+        return float(finite(self.documents[self.index(label)], "number of documents", label).sum())
 
     def index(self, label: str) -> int:
         if label not in self.labels:
@@ -157,6 +182,31 @@ class ExpertStats:
             tuple(values["labels"]), tuple(values["layers"]), values["num_experts"], values["top_k"],
             values["num_folds"], values["model"], sums, tensors["tokens"], tensors["documents"], tensors["pairs"],
         )  # fmt: skip
+
+    def write_files(self, folder: Path) -> None:
+        self.save(folder / self.MARK)
+
+    @classmethod
+    def read_files(cls, folder: Path) -> "ExpertStats":
+        return cls.load(folder / cls.MARK)
+
+    def card(self) -> str:
+        head = front_matter(library_name="anabranch", tags=["mixture-of-experts", "statistics"])
+        rows = "\n".join(f"| {label} | {self.num_tokens(label):,.0f} |" for label in self.labels)
+        return CARD.format(
+            head=head, rows=rows, layers=len(self.layers), experts=self.num_experts, top_k=self.top_k,
+            model=self.model or "not recorded", sums=", ".join(sorted(self.sums)) or "none",
+        )  # fmt: skip
+
+
+def finite(values: Tensor, name: str, label: str) -> Tensor:
+    """An expert without a number would be ranked all the same, and a mean over infinitely many be a plausible 0."""
+    if not bool(values.isfinite().all()):
+        raise UsageError(
+            f"the {name} of {label!r} in the statistics is not finite",
+            expected="finite sums", received="NaN or infinity", hint="profile the model in a wider precision",
+        )  # fmt: skip
+    return values
 
 
 def notes_of(file: Path) -> str:

@@ -26,7 +26,7 @@ def num_tokens(stats: ExpertStats, labels: Sequence[str]) -> float:
 
 
 def num_documents(stats: ExpertStats, labels: Sequence[str]) -> float:
-    return sum(float(stats.documents[stats.index(label)].sum()) for label in labels)
+    return sum(stats.num_documents(label) for label in labels)
 
 
 def check_contrast(stats: ExpertStats, target: str, others: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ Differs   : eps is each document's median unless given. The right-hand side show
             tokens in S, the score falls with every use of an expert, and one that is never used is ranked above.
             L is each document's own mean loss, so that batches do not change r.
 Check     : counts by hand; r by finite differences (tests/measure/experts/ranking/test_dsmoe.py).
+Exempt    : dtype (a token at the median falls on either side by the rounding of the model)
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anabranch.errors import AnabranchError
 from anabranch.measure.experts.ranking.batches import Batch, next_token_losses, read
 from anabranch.measure.experts.ranking.contrast import check_contrast, num_tokens, pooled
 from anabranch.measure.experts.statistics import Collector, ExpertStats
@@ -36,6 +38,8 @@ def saliency(model: Any, batch: Batch) -> Tensor:
         (slope_BSD,) = torch.autograd.grad(next_token_losses(logits_BSV, batch).sum(), embedded_BSD)
     product_BSD = embedded_BSD.detach().double() * slope_BSD.double()
     saliency_BS: Tensor = product_BSD.norm(dim=-1) * batch.attention_mask.bool()
+    if not saliency_BS.isfinite().all():  # compared with a median, NaN would count as common
+        raise AnabranchError("the saliency of a token is no number", expected="a model whose loss and gradient are")
     return saliency_BS
 
 

@@ -6,6 +6,7 @@ Equation  : r_e uniform in [0, 1), drawn anew for every seed
 Shapes    : L layers, N experts.
 Differs   : nothing.
 Check     : the same seed draws the same, the label is not read (tests/measure/experts/ranking/test_random.py).
+Exempt    : experts (drawn by place, it knows no expert)
 """
 
 from collections.abc import Sequence
