@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `smollm2.py` left, as a table in Markdown: python -m recipes.mote.smollm2_table runs/smollm2"""
+"""What `smollm2.py` left, as a table in Markdown: python -m recipes.mote.smollm2_table runs/smollm2 [SEED]"""
 
 import json
 import sys
@@ -63,4 +63,4 @@ def refused(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    table(Path(sys.argv[1]))
+    table(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)

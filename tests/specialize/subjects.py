@@ -125,7 +125,7 @@ def gated(make, **more) -> Subject:
     """With a mixture inside. Noise is drawn by place, so there is none where experts change theirs."""
 
     def permuted(given, order):
-        for name, layer in mixtures(given["objective"].model).items():
+        for layer in mixtures(given["objective"].model).values():
             layer.router, layer.bank = layer.router.take(order), layer.bank.permute(order)
         return given
 

@@ -10,14 +10,18 @@ from anabranch.testing import check_method
 from anabranch.testing.discovery import find_subject
 
 TESTS = Path(__file__).parent.parent
+FEW = 2
+"""Tensors of a model that a NaN is put into here; more of them in the slow test."""
 
 
 PENDING = {
-    "reuse/merge/compressed_experts", "reuse/merge/mc_smoe", "reuse/merge/sub_moe", "reuse/prune/naee",
-    "reuse/prune/premoe", "reuse/serve/expert_cache", "reuse/serve/expert_flow", "reuse/serve/expert_weave",
-    "reuse/serve/llep", "reuse/serve/placement", "reuse/serve/prefetch", "reuse/skip/modes", "reuse/skip/naee",
+    "reuse/merge/compressed_experts", "reuse/serve/expert_flow", "reuse/serve/expert_weave", "reuse/serve/llep",
 }  # fmt: skip
 """Nothing says yet how these are exercised: `python -m anabranch.testing` shows them as failed."""
+
+
+LONG = {"suppress/detectors/text", "suppress/detectors/read_text"}
+"""Their networks take a second for a picture: with the slow ones alone."""
 
 
 def of(key):
@@ -26,8 +30,14 @@ def of(key):
 
 
 @pytest.mark.row("contract")
-@pytest.mark.parametrize("key", [of(key) for key in registry.cards()])
+@pytest.mark.parametrize("key", [of(key) for key in registry.cards() if key not in LONG])
 def test_method_keeps_its_contract(key, request):
-    outcomes = check_method(key, find_subject(key, TESTS))
+    outcomes = check_method(key, find_subject(key, TESTS), leaves=FEW)
     passed = [name for name, outcome in outcomes.items() if outcome.state == "passed"]
     request.node.user_properties.append(("passed", " ".join(passed)))  # for the table of make trust
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [of(key) for key in registry.cards()])
+def test_method_keeps_its_contract_from_another_seed_and_with_nan_in_more_places(key):
+    check_method(key, find_subject(key, TESTS), seed=1, leaves=12)

@@ -15,7 +15,9 @@ from anabranch.registry import Card, parse_card
 from anabranch.testing import Subject, along, check_method, examine
 from anabranch.testing.method_contract import CHECKS, EXEMPT, FAILED, NOT_APPLICABLE, PASSED
 
-CARD = "A made-up method.\n\nPaper     : none.\nEquation  : none\nShapes    : none\nDiffers   : nothing.\nCheck     : here.\n"
+CARD = (
+    "A made-up method.\n\nPaper     : none.\nEquation  : none\nShapes    : none\nDiffers   : no.\nCheck     : here.\n"
+)
 
 
 def method(exempt: str = "", **members: object) -> ModuleType:
@@ -222,7 +224,9 @@ class Lenient:
     def __init__(self, **given): ...
 
 
-@pytest.mark.parametrize(("kind", "sentence"), [(Doubling, "is another one after JSON"), (Lenient, "takes a name that")])
+@pytest.mark.parametrize(
+    ("kind", "sentence"), [(Doubling, "is another one after JSON"), (Lenient, "takes a name that")]
+)
 def test_configurations_that_do_not_come_back_are_found(kind, sentence):
     module = method(SomeConfig=kind)
     assert sentence in failing(module, of_rows(mean))["config"]
@@ -337,5 +341,3 @@ def test_an_exemption_without_a_reason_is_refused():
 def test_a_module_without_a_card_is_no_method():
     with pytest.raises(UsageError, match="no method"):
         check_method(ModuleType("plain"), of_rows(mean))
-
-

@@ -25,6 +25,8 @@ class Case:
     module: ModuleType
     subject: Subject
     seed: int
+    leaves: int = 8
+    """Floating leaves of one argument that NaN and infinity are put into; of more, about as many evenly spread."""
 
     def make(self, shift: int = 0) -> Inputs:
         """Fresh inputs; models are built under global generators that are put back afterwards."""

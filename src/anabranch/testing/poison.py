@@ -13,8 +13,6 @@ from anabranch.testing.trees import InPlace, Snapshot, as_array, difference, lea
 
 REFUSED = (AnabranchError, ValueError, ArithmeticError, RuntimeError, IndexError)
 """A refusal in the user's words is better; no answer at all is what counts here."""
-MOST_LEAVES = 8
-"""Floating leaves of one argument that are tried; of more, as many of them evenly spread."""
 PLACES = 4
 """Places of a leaf, evenly spread, that are tried until one of them is read by the method."""
 INSTEAD = (1e3, -1e3, 0.37)
@@ -30,7 +28,7 @@ def inf(case: Case) -> None:
 
 
 def poison(case: Case, number: float, name: str) -> None:
-    paths = tried(case.make())
+    paths = tried(case.make(), case.leaves)
     if not paths:
         raise NotApplicable("it takes no floating number")
     clean = snapshot(case.fresh())
@@ -50,11 +48,11 @@ def without(values: Snapshot, path: str) -> Snapshot:
     return Snapshot({at: leaf for at, leaf in values.items() if at != path})
 
 
-def tried(given: Inputs) -> list[str]:
+def tried(given: Inputs, most: int) -> list[str]:
     found = []
     for name, value in given.items():
         paths = [path for path, _ in floating({name: value})]
-        step = max(1, -(-len(paths) // MOST_LEAVES))
+        step = max(1, -(-len(paths) // most))
         found += [path for i, path in enumerate(paths) if i % step == 0 or i == len(paths) - 1]
     return found
 

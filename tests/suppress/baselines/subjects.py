@@ -37,7 +37,7 @@ def learning(make, **more) -> Subject:
     def inputs(g):
         pipe = drawn.base()
         training = drawn.moved(make(pipe, drawn.latents(pipe, g)), g)
-        batch = {name: value for name, value in training.stream.batch(0).items()}
+        batch = dict(training.stream.batch(0).items())
         return {"objective": training.objective, "batch": batch, "pipe": pipe}
 
     def strength_0(given):
@@ -113,16 +113,16 @@ def subject_esd() -> Subject:
         values = tuple(torch.randn(2, 3, 4, 4, generator=g) for _ in range(2))
         return {"erased_target": (lambda a, b: esd.erased_target(a, b, 0.7), values)}
 
-    return learning(
-        lambda pipe, latents: esd.training(pipe, config, "mark", batch_size=drawn.BATCH), terms=terms
-    )
+    return learning(lambda pipe, latents: esd.training(pipe, config, "mark", batch_size=drawn.BATCH), terms=terms)
 
 
 def sampling(rule, **more) -> Subject:
     """Pictures of two prompts under a rule of guidance."""
     return Subject(
         inputs=lambda g: {
-            "pipe": (pipe := drawn.pipeline(g)), "noise": first_noise(pipe, [3, 11]), "scale": 3.0,
+            "pipe": (pipe := drawn.pipeline(g)),
+            "noise": first_noise(pipe, [3, 11]),
+            "scale": 3.0,
             "prompts": ["a dress", "a bag"],
         },
         call=lambda pipe, noise, scale, prompts: sample(pipe, rule(pipe, scale, prompts), noise, 3),
@@ -159,7 +159,12 @@ def subject_sld() -> Subject:
 
 def subject_uce() -> Subject:
     def inputs(g):
-        return {"pipe": drawn.pipeline(g), "config": uce.Config(lam=0.1), "words": ["mark", "ring"], "guides": ["", "bag"]}
+        return {
+            "pipe": drawn.pipeline(g),
+            "config": uce.Config(lam=0.1),
+            "words": ["mark", "ring"],
+            "guides": ["", "bag"],
+        }
 
     def strength_0(given):
         pipe, before = given["pipe"], drawn.weights(given["pipe"])
@@ -170,7 +175,9 @@ def subject_uce() -> Subject:
 
     return Subject(
         inputs=inputs,
-        call=lambda pipe, config, words, guides: sorted(uce.edit(pipe, config, words, guides, ["dress", "coat"]).before),
+        call=lambda pipe, config, words, guides: sorted(
+            uce.edit(pipe, config, words, guides, ["dress", "coat"]).before
+        ),
         changes=("pipe",),
         touches=lambda given, output: [f"pipe.unet.{name}" for name in output],
         off=strength_0,

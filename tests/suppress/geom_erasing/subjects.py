@@ -56,7 +56,11 @@ def subject_negatives() -> Subject:
 
     places = WORDS.grid.bins()
     return Subject(
-        inputs=lambda g: {"training_bins": [places[:2], places[1:3], places[1:2], places[4:5]], "share": 0.7, "seed": 0},
+        inputs=lambda g: {
+            "training_bins": [places[:2], places[1:3], places[1:2], places[4:5]],
+            "share": 0.7,
+            "seed": 0,
+        },
         call=call,
         samples=along(4, {"training_bins": 0}),
     )
@@ -71,7 +75,11 @@ def subject_erase() -> Subject:
         with torch.no_grad():
             for value in objective.parameters():
                 value += 0.05 * torch.randn(value.shape, generator=g)
-        return {"objective": objective, "batch": CaptionedBatches(made.data, drawn.BATCH, seed=0).batch(0), "pipe": pipe}
+        return {
+            "objective": objective,
+            "batch": CaptionedBatches(made.data, drawn.BATCH, seed=0).batch(0),
+            "pipe": pipe,
+        }
 
     return Subject(
         inputs=inputs,

@@ -176,12 +176,15 @@ class ExpertStats(Pretrained):
                 f"{file} holds no expert statistics", expected=FORMAT, received=header.get("format", "no such header"),
                 hint="anabranch experts profile writes them",
             )  # fmt: skip
-        values = json.loads(header["header"])
         sums = {name.removeprefix("sums."): value for name, value in tensors.items() if name.startswith("sums.")}
-        return cls(
-            tuple(values["labels"]), tuple(values["layers"]), values["num_experts"], values["top_k"],
-            values["num_folds"], values["model"], sums, tensors["tokens"], tensors["documents"], tensors["pairs"],
-        )  # fmt: skip
+        try:
+            values = json.loads(header["header"])
+            return cls(
+                tuple(values["labels"]), tuple(values["layers"]), values["num_experts"], values["top_k"],
+                values["num_folds"], values["model"], sums, tensors["tokens"], tensors["documents"], tensors["pairs"],
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(f"{file} is torn", expected="statistics", received=repr(error)) from None
 
     def write_files(self, folder: Path) -> None:
         self.save(folder / self.MARK)

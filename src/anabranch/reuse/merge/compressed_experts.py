@@ -110,12 +110,16 @@ class CompressedExperts(nn.Module):
             raise UsageError(f"{file} cannot be read", expected=FORMAT, received=str(error)) from None
         if header.get("format") != FORMAT:
             raise UsageError(f"{file} holds no compressed experts", expected=FORMAT, received=header.get("format"))
-        values = json.loads(header["header"])
         shapes = [(layer.name, (layer.num_experts, layer.hidden_size)) for layer in layers]
-        stored = list(zip(values["layers"], (tuple(value.shape) for value in tensors), strict=True))
+        try:
+            values = json.loads(header["header"])
+            num_main = int(values["num_main"])
+            stored = list(zip(values["layers"], (tuple(value.shape) for value in tensors), strict=True))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UsageError(f"{file} is torn", expected="layers and num_main", received=repr(error)) from None
         if shapes != stored:
             raise UsageError(f"{file} is of another model", expected=shapes[:1], received=stored[:1])
-        found = cls(layers, values["num_main"])
+        found = cls(layers, num_main)
         with torch.no_grad():
             for mine, value in zip(found.offsets, tensors, strict=True):
                 mine.copy_(value)

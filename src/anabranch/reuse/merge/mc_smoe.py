@@ -11,6 +11,8 @@ Differs   : a protected expert stays on its own. Low rank and sparse rows are in
             a loss to train the merged model with is `distillation`.
 Check     : alignment leaves an expert's function alone; permuted copies merge without loss when aligned, and with loss
             when not (tests/reuse/merge/test_mc_smoe.py).
+Exempt    : experts (a group bears the number of its dominant expert); dtype (which experts join is parted by the
+            rounding of the model)
 """
 
 from collections.abc import Iterable, Sequence
@@ -92,6 +94,8 @@ def dominant_experts(
 
 def similarity(router_logits: Tensor) -> Tensor:
     """(N, N), (1 + cos) / 2 of the logits' columns over tokens."""
+    if not bool(router_logits.isfinite().all()):  # the nearest of them would be a group all the same
+        raise UsageError("router logits are no numbers", expected="a model whose outputs are finite", received="NaN")
     columns_NT = torch.nn.functional.normalize(router_logits.double(), dim=0).T
     return (1 + columns_NT @ columns_NT.T) / 2
 
@@ -107,6 +111,8 @@ def grouped(similarity_NN: Tensor, dominant: Sequence[int], alone: set[int]) -> 
 def merge(model: Any, batches: Iterable[Batch], num_dominant: int, protect: Protect = ()) -> Merged:
     """In place: aligned, merged and tied by copying, so the checkpoint is a stock one of the same configuration."""
     layers = open_layers(model)
+    if bad := [a.name for a in layers if not all(bool(p.isfinite().all()) for p in a.experts.parameters())]:
+        raise UsageError("experts hold NaN or infinity", expected="finite weights", received=bad[0])
     seen = captured(model, layers, batches)
     usage = torch.stack([seen[layer.name].usage(layer.num_experts) for layer in layers]).cpu()
     held, labels = protected(layers, protect), {}

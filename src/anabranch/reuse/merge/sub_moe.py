@@ -11,6 +11,8 @@ Differs   : the last equality is what is computed: without truncation the method
             Budgets of neighbouring layers, which the paper chooses together, are split by the least spread.
 Check     : rank M or more equals the weighted mean; a projection twice is a projection once; C = N changes nothing
             (tests/reuse/merge/test_sub_moe.py).
+Exempt    : experts (groups are numbered, and seeded by the place of an expert); dtype (which experts join is parted by
+            the rounding of the model)
 
 K-means needs distances alone, and |u_i - u_j|^2 = 2 T (1 - s_ij): it runs on a root of s, N numbers an expert.
 """

@@ -8,6 +8,7 @@ Differs   : one norm over all calibration tokens, not a sum of norms over batche
             above 12 experts by greedy removal, and the result says which it was; groups of grouped families stay equal.
 Check     : every set equals the sliced layer run on its own; a duplicate goes first
             (tests/reuse/prune/test_naee.py).
+Exempt    : dtype (sets of nearly the same error are parted by the rounding of the model)
 
 Every expert is run once on each token; all sets are scored from these outputs. Progressive: a layer sees the text as it
 comes through the layers already pruned, for one more pass over the text a layer.

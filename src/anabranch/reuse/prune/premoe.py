@@ -10,6 +10,7 @@ Differs   : the scores are handed in, any ranking will do; where a family select
             group, so that every group keeps as many.
 Check     : a query equal to a stored pattern finds its task and that task's PEP list
             (tests/reuse/prune/test_premoe.py).
+Exempt    : samples (a query has one pattern); experts (a pattern and a library know experts by their numbers)
 
 A pattern and the scores it is compared with have to be made alike. `first_layer` runs a query no further than needed.
 """

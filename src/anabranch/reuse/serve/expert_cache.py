@@ -12,6 +12,8 @@ Differs   : the experts of a request have to be in the cache together; the cache
             demand loads stop everything. The bound is one of loads: prefetching may stall less, never load less.
 Check     : textbook sequences by hand; room for all experts leaves first loads only; no rule loads less than Belady's
             on 1,000 drawn traces; LRU has no anomaly (tests/reuse/serve/test_expert_cache.py).
+Exempt    : inf (an infinite bandwidth loads in no time); samples (requests are served in their order); experts (of
+            those used equally long ago the number decides)
 """
 
 from collections import Counter

@@ -14,6 +14,7 @@ Differs   : cap is never below an equal share, which the released code's double 
             out, though it grows with a device's load: the native plan looks better here than it is.
 Check     : hand-worked plans; every token is placed once; an even load moves nothing; the bound on the load
             (tests/reuse/serve/test_placement.py).
+Exempt    : inf (an infinite bandwidth moves in no time); samples, experts (chunks are dealt by the numbers of experts)
 """
 
 from collections import Counter

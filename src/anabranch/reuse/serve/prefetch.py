@@ -44,6 +44,13 @@ def most_likely(scores: Tensor, count: int) -> list[int]:
     return order[scores[order] > 0].tolist()
 
 
+def finite(counts: Tensor) -> Tensor:
+    """The highest of NaN would be an expert all the same."""
+    if not bool(counts.isfinite().all()):
+        raise UsageError("what was recorded is no count", expected="finite numbers", received="NaN or infinity")
+    return counts
+
+
 class NearestHistory:
     """A `Prefetch`; `stored` are histories of requests other than those that it will see."""
 
@@ -53,7 +60,7 @@ class NearestHistory:
                 "nothing can be prefetched", expected="stored histories and a width of at least 1",
                 received=f"{len(stored)} histories, width {width}",
             )  # fmt: skip
-        self.stored, self.width = stored.double(), width
+        self.stored, self.width = finite(stored.double()), width
         self.unit_RM = torch.nn.functional.normalize(self.stored.flatten(1), dim=1)
         self.document = -1
         self.cosine_R = torch.zeros(len(stored)).double()  # up to the length of A, which no argmax needs
@@ -77,7 +84,7 @@ class PreviousLayer:
     """A `Prefetch` from `followers`; the first layer wants nothing."""
 
     def __init__(self, following: Tensor, width: int):
-        self.following, self.width = following, width
+        self.following, self.width = finite(following), width
         self.ran: Sequence[int] = ()
 
     def want(self, document: int, step: int, layer: int) -> list[int]:

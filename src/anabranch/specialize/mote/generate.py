@@ -52,7 +52,9 @@ class LegalSteps:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if bool((scores.isnan() | scores.isposinf()).any()):  # what is forced would be written all the same
-            raise AnabranchError("the model's scores are no numbers", expected="finite weights", hint="a wider precision")
+            raise AnabranchError(
+                "the model's scores are no numbers", expected="finite weights", hint="a wider precision"
+            )
         for row, tokens in enumerate(input_ids[:, self.prompt_length :].tolist()):
             if self.known.ends[-1] in tokens:
                 legal: list[int] | None = [self.end_id]

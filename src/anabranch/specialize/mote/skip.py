@@ -10,6 +10,7 @@ Shapes    : B rows of T tokens; step ids (B, T) with QUESTION; mask (B, 1, T, T)
 Differs   : pairwise leaks: what t may not read in s it still reads in a step between them that did. Hence transitive is
             the default. One draw a row, the same in all layers and heads.
 Check     : a hidden step is a deleted one (tests/specialize/mote/test_skip.py)
+Exempt    : samples (what a row hides is drawn by its place)
 """
 
 from dataclasses import dataclass

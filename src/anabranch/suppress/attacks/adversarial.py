@@ -11,7 +11,7 @@ Differs   : one prefix for all pictures, real words in place of projected embedd
             loss never rises. Gradients are of the first encoder, losses of all.
 Check     : the first-order estimate is the table's own gradient; the loss falls and never rises; nothing of the model
             changes (tests/suppress/attacks/test_adversarial.py).
-Exempt    : dtype (words are drawn in float32, for pipelines in float32); samples (noise is drawn by the place of a picture)
+Exempt    : dtype (words are drawn in float32, for pipelines in float32); samples (noise is drawn by a picture's place)
 """
 
 from collections.abc import Iterator, Sequence

@@ -9,7 +9,7 @@ Differs   : the word follows the picture's own caption instead of fixed template
             the picture: the concept.
 Check     : the loss falls, nothing but the word is trained, everything is back afterwards, and a word is learnt on top
             of an adapter's words (tests/suppress/attacks/test_inversion.py).
-Exempt    : dtype (the learnt word is float32, for pipelines in float32); samples (batches are drawn by the place of a picture)
+Exempt    : dtype (the learnt word is float32, for pipelines in float32); samples (batches are drawn by place)
 """
 
 from collections.abc import Iterator, Sequence

@@ -34,6 +34,8 @@ def occlusion_boxes(
     """One box a connected group of cells that the classifier needs; `probability` maps images to p, (N,)."""
     if grid < 1:
         raise ValueError(f"grid: expected at least 1, received {grid}")
+    if not 0 <= least_fall <= 1:
+        raise ValueError(f"least_fall: expected 0 to 1, received {least_fall}")
     xs, ys = edges(image.shape[1], grid), edges(image.shape[0], grid)
     falls = relative_falls(probability, image, xs, ys)
     return [
