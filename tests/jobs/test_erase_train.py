@@ -397,16 +397,15 @@ def test_models_that_are_none(world):
     with pytest.raises(UsageError, match="model cannot be opened"):
         erase_train(train_settings(world))
     (world / "model" / "model_index.json").write_text("{")
-    with pytest.raises(UsageError, match="model cannot be opened"):
+    with pytest.raises(UsageError, match=r"model_index.json cannot be read\n  expected: JSON"):
         erase_train(train_settings(world))
     assert not (world / "adapter").exists()
 
 
 def test_labels_that_are_none(world):
     (world / "labels.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match=r"labels.jsonl cannot be read") as error:
+    with pytest.raises(AnabranchError, match=r"labels.jsonl, line 1: not a label\n  expected: file"):
         erase_train(train_settings(world))
-    assert "scan the images again" in str(error.value)
     (world / "labels.jsonl").write_text("")
     with pytest.raises(UsageError, match="holds no images"):
         erase_train(train_settings(world))

@@ -14,23 +14,12 @@ FEW = 2
 """Tensors of a model that a NaN is put into here; more of them in the slow test."""
 
 
-PENDING = {
-    "reuse/merge/compressed_experts", "reuse/serve/expert_flow", "reuse/serve/expert_weave", "reuse/serve/llep",
-}  # fmt: skip
-"""Nothing says yet how these are exercised: `python -m anabranch.testing` shows them as failed."""
-
-
 LONG = {"suppress/detectors/text", "suppress/detectors/read_text"}
 """Their networks take a second for a picture: with the slow ones alone."""
 
 
-def of(key):
-    missing = pytest.mark.xfail(strict=True, reason="nothing says yet how it is exercised")
-    return pytest.param(key, marks=missing if key in PENDING else ())
-
-
 @pytest.mark.row("contract")
-@pytest.mark.parametrize("key", [of(key) for key in registry.cards() if key not in LONG])
+@pytest.mark.parametrize("key", [key for key in registry.cards() if key not in LONG])
 def test_method_keeps_its_contract(key, request):
     outcomes = check_method(key, find_subject(key, TESTS), leaves=FEW)
     passed = [name for name, outcome in outcomes.items() if outcome.state == "passed"]
@@ -38,6 +27,6 @@ def test_method_keeps_its_contract(key, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [of(key) for key in registry.cards()])
+@pytest.mark.parametrize("key", registry.cards())
 def test_method_keeps_its_contract_from_another_seed_and_with_nan_in_more_places(key):
     check_method(key, find_subject(key, TESTS), seed=1, leaves=12)

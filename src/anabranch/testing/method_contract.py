@@ -37,12 +37,12 @@ from types import ModuleType
 from anabranch import registry
 from anabranch.errors import UsageError
 from anabranch.registry import Card
-from anabranch.testing import checks, poison
+from anabranch.testing import checks, gradients, poison
 from anabranch.testing.case import Case, NotApplicable, alone
 from anabranch.testing.subject import Subject
 
 CHECKS: dict[str, Callable[[Case], None]] = {
-    "config": checks.config, "gradcheck": checks.gradcheck, "nan": poison.nan, "inf": poison.inf,
+    "config": checks.config, "gradcheck": gradients.gradcheck, "nan": poison.nan, "inf": poison.inf,
     "dtype": checks.dtype, "padding": checks.padding, "samples": checks.samples, "experts": checks.experts,
     "determinism": checks.determinism, "rng": checks.rng, "inputs": checks.inputs, "save": checks.save,
     "touch": checks.touch, "off": checks.off,
@@ -115,7 +115,8 @@ def outcome(check: Callable[[Case], None], case: Case, exemption: str | None) ->
     except AssertionError as failure:
         return Outcome(FAILED, str(failure)) if exemption is None else Outcome(EXEMPT, exemption)
     except Exception as error:
-        return Outcome(FAILED, f"{type(error).__name__}: {error}")
+        said = f"{type(error).__name__}: {error}"
+        return Outcome(FAILED, said) if exemption is None else Outcome(EXEMPT, exemption)
     if exemption is None:
         return Outcome(PASSED)
     if check in (poison.nan, poison.inf) and case.leaves < THOROUGH:

@@ -3,7 +3,9 @@
 
 import torch
 
-from anabranch.reuse.serve import eviction, expert_cache, placement, prefetch
+from anabranch.models.mixtures.adapter import difference, fused_of
+from anabranch.models.mixtures.layers import mixture_layers, open_layers
+from anabranch.reuse.serve import eviction, expert_cache, expert_flow, expert_weave, llep, placement, prefetch
 from anabranch.testing import Subject, along
 from tests.measure.experts import drawn
 
@@ -53,3 +55,82 @@ def subject_placement() -> Subject:
         },
         call=call,
     )  # fmt: skip
+
+
+def subject_expert_flow() -> Subject:
+    """One step of the predictor, and what it foresees."""
+    config = expert_flow.Config(vocab_size=20, num_layers=drawn.LAYERS, num_experts=drawn.EXPERTS, hidden_size=8)
+
+    def call(objective, ids, trace):
+        logits = objective(ids)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, expert_flow.paths(trace).to(logits)[:, :])
+        return {"loss": loss, "logits": logits}
+
+    return Subject(
+        inputs=lambda g: {
+            "objective": expert_flow.PathPredictor(config, generator=g),
+            "ids": torch.randint(20, (12,), generator=g), "trace": drawn.trace(g, documents=1),
+        },
+        call=call,
+        touches=lambda given, output: ["objective.*"],
+        configs=(config,),
+    )  # fmt: skip
+
+
+def subject_expert_weave() -> Subject:
+    def inputs(g):
+        base, tuned = drawn.model(torch.Generator().manual_seed(1)), drawn.model(torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            for value in fused_of(mixture_layers(tuned)[0]).values():
+                value[2] += 0.1 * torch.randn(value[2].shape, generator=g)
+        ids = torch.randint(3, 97, (3, 6), generator=g)
+        return {"model": base, "adapters": [difference(base, tuned)], "ids": ids, "rows": [0, -1, 0]}
+
+    def call(model, adapters, ids, rows):
+        woven = expert_weave.ExpertWeave(model, adapters)
+        with woven.serving(rows), torch.no_grad():
+            made = model(ids, use_cache=False).logits
+        woven.remove()
+        return made
+
+    def strength_0(given):
+        with torch.no_grad():
+            plain = given["model"](given["ids"], use_cache=False).logits
+        return call(**given | {"rows": [-1, -1, -1]}), plain
+
+    return Subject(
+        inputs=inputs,
+        call=call,
+        off=strength_0,
+        samples=along(3, {"ids": 0, "rows": 0}, {"": 0}),
+        half={torch.bfloat16: 0.3, torch.float16: 0.1},
+    )
+
+
+def subject_llep() -> Subject:
+    def inputs(g):
+        layer = open_layers(drawn.model(g))[0]
+        selected = torch.stack([torch.randperm(8, generator=g)[:2] for _ in range(10)])
+        weights = torch.rand(10, 2, generator=g)
+        return {
+            "block": layer.block,
+            "hidden": torch.randn(10, 32, generator=g),
+            "selected": selected,
+            "weights": weights,
+        }
+
+    def layer_of(block):
+        return open_layers(torch.nn.ModuleDict({"block": block}))[0]
+
+    def call(block, hidden, selected, weights):
+        matrices, compute = llep.of_layer(layer_of(block))
+        counts = torch.bincount(selected.flatten(), minlength=8).tolist()
+        plan = placement.least_loaded(counts, placement.contiguous(8, 2), 2, min_chunk=1)
+        return llep.emulate(plan, compute, matrices, hidden, selected, weights)
+
+    return Subject(
+        inputs=inputs,
+        call=call,
+        samples=along(10, {"hidden": 0, "selected": 0, "weights": 0}, {"": 0}),
+        half={torch.bfloat16: 0.05, torch.float16: 0.01},
+    )

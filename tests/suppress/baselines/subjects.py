@@ -37,8 +37,7 @@ def learning(make, **more) -> Subject:
     def inputs(g):
         pipe = drawn.base()
         training = drawn.moved(make(pipe, drawn.latents(pipe, g)), g)
-        batch = dict(training.stream.batch(0).items())
-        return {"objective": training.objective, "batch": batch, "pipe": pipe}
+        return {"objective": training.objective, "batch": dict(training.stream.batch(0)), "pipe": pipe}
 
     def strength_0(given):
         """A fresh LoRA adds nothing."""

@@ -13,6 +13,8 @@ Differs   : a causal recurrent net in place of the encoder and decoder, so that 
 Check     : a perfect predictor has exactly the loads of Belady's rule, and none on demand with `Ahead`; a blind one is
             below LRU on local routing and level with it on independent draws; `inverse` restores the old order bit by
             bit (tests/reuse/serve/test_expert_flow.py).
+Exempt    : inf (behind an infinite weight a gate is closed or open); samples (tokens of a text have an order); experts
+            (the predictor knows experts by their numbers); off (a predictor has no strength)
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ Shapes    : A adapters, L layers, M base experts, e_il tuned experts of adapter 
 Differs   : Blocks lie one behind another without padding, so F is 1 here; it is computed for the comparison.
 Check     : every row of a mixed batch equals the same row of the separately merged model up to rounding; a batch of
             base rows is the base bit for bit; F by hand (tests/reuse/serve/test_expert_weave.py).
+Exempt    : dtype (an adapter fits the weights of its base bit by bit); experts (adapters name experts by their numbers)
 """
 
 from collections.abc import Iterator, Sequence

@@ -10,6 +10,7 @@ Differs   : processes on CPUs under gloo, one exchange after the other, nothing 
             not that it is fast. Every process joins every exchange, forward and backward, also one without a row.
 Check     : one process that emulates a plan, and two that run it, give the output and the gradients of the plain
             mixture; a process that dies or stops answering ends in an error (tests/reuse/serve/test_llep.py).
+Exempt    : experts (owners and chunks go by the numbers of experts)
 """
 
 from collections.abc import Callable, Mapping, Sequence

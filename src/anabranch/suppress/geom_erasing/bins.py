@@ -70,7 +70,7 @@ def covered_bins(boxes: Iterable[Box], width: float, height: float, grid: Grid, 
 
 def clipped(box: Box, width: float, height: float) -> tuple[float, float, float, float]:
     if not all(map(math.isfinite, (*box, width, height))):  # clipped, infinity would be the border
-        raise ValueError(f"boxes: expected finite numbers, received {box} in {width} x {height}")
+        raise ValueError(f"box: expected finite numbers, received {box} in {width} x {height}")
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2):  # NaN fails as well
         raise ValueError(f"box: expected x1 < x2 and y1 < y2, received {tuple(box)}")
