@@ -14,8 +14,11 @@ FEW = 2
 """Tensors of a model that a NaN is put into here; more of them in the slow test."""
 
 
-LONG = {"suppress/detectors/text", "suppress/detectors/read_text"}
-"""Their networks take a second for a picture: with the slow ones alone."""
+LONG = {
+    "suppress/detectors/text", "suppress/detectors/read_text", "suppress/baselines/clean_oracle",
+    "suppress/baselines/data_filtering",
+}  # fmt: skip
+"""Networks that take a second for a picture, and fine-tuning on other rows: with the slow ones alone."""
 
 
 @pytest.mark.row("contract")

@@ -4,7 +4,7 @@
 import random
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +27,8 @@ class Case:
     seed: int
     leaves: int = 8
     """Floating leaves of one argument that NaN and infinity are put into; of more, about as many evenly spread."""
+    unread: set[str] = field(default_factory=set)
+    """Leaves that were found to be read by nothing, whatever is in them."""
 
     def make(self, shift: int = 0) -> Inputs:
         """Fresh inputs; models are built under global generators that are put back afterwards."""

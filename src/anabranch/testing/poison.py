@@ -33,6 +33,8 @@ def poison(case: Case, number: float, name: str) -> None:
         raise NotApplicable("it takes no floating number")
     clean = snapshot(case.fresh())
     for path in paths:
+        if path in case.unread:
+            continue
         for place in range(PLACES):
             if (answer := answer_to(case, path, place, number, name, clean)) is None:
                 break
@@ -40,6 +42,7 @@ def poison(case: Case, number: float, name: str) -> None:
             assert differs is None, f"{name} in {path} gives a finite answer, and another one than without: {differs}"
             assert not is_read(case, path, place, clean), f"{name} in {path} is passed over in silence"
             if place == 0 and not is_read(case, path, None, clean):
+                case.unread.add(path)
                 break
 
 
