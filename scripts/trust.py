@@ -110,7 +110,7 @@ def read_results(results: Path) -> dict[str, Row]:
         rows[name] = Row()
         for case, said in whole + rest + ([] if whole else samples):
             add(rows[name], case, said)
-        for _, said in samples if whole else []:
+        for _, said in samples if whole and not rows[name].controls else []:
             rows[name].controls += [words for key, words in said if key == "control"]
     return rows
 
@@ -201,15 +201,17 @@ def main(arguments: list[str]) -> int:
     unknown = sorted(rows.keys() - ROWS.keys())
     block = table(rows, tier, f"{datetime.now(UTC):%Y-%m-%d}")
     print(block)
-    written = [write_into(page, block) for page in PAGES]
+    failed = any(row.failed for row in rows.values())
+    if code == 0 or failed:  # else it is not known what the table leaves out
+        written = [write_into(page, block) for page in PAGES]
+    else:  # a worker that died, a file that could not be read: they count in no row
+        print(f"trust: pytest ended with {code}, and no row says why; nothing was written", file=sys.stderr)
+        written = [False]
     for name in sorted({name for row in rows.values() for name in row.failed}):
         print(f"trust: failed: {name}", file=sys.stderr)
     if unknown or not rows:
         print(f"trust: rows without words: {', '.join(unknown) or 'all'}", file=sys.stderr)
-    broken = any(row.broken for row in rows.values())
-    if code and not any(row.failed for row in rows.values()):  # a file that could not be read counts in no row
-        print(f"trust: pytest ended with {code}, and no row says why", file=sys.stderr)
-        broken = True
+    broken = code != 0 or any(row.broken for row in rows.values())
     return 3 if broken or unknown or not rows else 0 if all(written) else 1
 
 

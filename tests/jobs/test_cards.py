@@ -215,6 +215,9 @@ def test_experts_of_clusters_are_shared_without_saying_where_an_image_fell(image
     run("customize", "--run", images / "shared", "--task", folders / "task", "--out", tmp_path / "task")
     one, other = ((place / "model.safetensors").read_bytes() for place in (images / "task", tmp_path / "task"))
     assert one == other
+    (images / "shared" / "model" / "old.safetensors").write_bytes(b"of an earlier model")
+    whole.save_pretrained(images / "shared")
+    assert not (images / "shared" / "model" / "old.safetensors").exists()
     with pytest.raises(UsageError, match="the run itself"):
         whole.save_pretrained(images / "run")
 

@@ -14,6 +14,7 @@ from anabranch import cli
 from anabranch.errors import CheckFailed, Stopped, UsageError
 from anabranch.jobs.demo_all import NUMBERS, Ended, demo_all, hand_on, in_a_process
 from anabranch.jobs.demo_all_page import last_words, write_demos_page
+from anabranch.jobs.erase_demo import PICTURES
 from anabranch.jobs.settings import DEMOS, DemoFlags
 
 
@@ -165,6 +166,14 @@ def test_files_that_cannot_be_read_are_said_on_the_page(out):
     go(out, Runner())
     page = write_demos_page(out).read_text()
     assert page.count("Its files cannot be read any more") == len(DEMOS)
+
+
+def test_a_torn_file_of_one_demo_is_said_on_the_page(out):
+    go(out, Runner())
+    (out / "erase" / PICTURES).write_bytes(b"\x10")
+    for odd in ("[]", '{"arms": 3}'):
+        (out / "align" / "align-demo.json").write_text(odd)
+        assert write_demos_page(out).read_text().count("Its files cannot be read any more") == len(DEMOS)
 
 
 @pytest.mark.parametrize(

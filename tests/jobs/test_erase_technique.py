@@ -73,7 +73,10 @@ def test_what_it_is_told_and_can_not_do_is_said(made):
         GeomErasing(model="anything")
     with pytest.raises(UsageError, match=r"erases another concept(.|\n)*nudity(.|\n)*mark"):
         GeomErasing(**config(made, erase_concept="nudity"))
-    assert GeomErasing(**config(made, erase_concept="Mark")).generate(["a bag"], seed=0)
+    technique = GeomErasing(**config(made, erase_concept="Mark"))
+    assert technique.generate(["a bag"], seed=0)
+    with pytest.raises(UsageError, match="policy would change nothing here"):
+        technique.generate(["a bag"], seed=0, policy="all")
 
 
 def entries():

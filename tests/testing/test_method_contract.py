@@ -66,6 +66,7 @@ def test_a_sound_method_passes_and_says_what_does_not_apply():
     [(lambda: torch.rand(()), "torch"), (lambda: np.random.rand(), "numpy"), (lambda: random.random(), "python")],
 )
 def test_the_global_generators_are_found(draw, name):
+    np.random.rand(3)  # most draws move numpy's place among its keys, and no key
     found = failing(method(), of_rows(lambda features, mask: mean(features, mask) + 1e-9 * float(draw())))
     assert found["rng"] == f"the global generator of {name} is used"
 

@@ -62,8 +62,10 @@ def test_closed_forms_of_the_balance_and_z_loss(counted):
         z = router_z_loss(routing_of(torch.full((T, E), c), spread)).item()
         for found, expected in ((uniform, 1), (collapsed, E / K), (z, (c + torch.tensor(float(E)).log().item()) ** 2)):
             tried += 1
+            # float32: a sum of at most 64 rows, each within 6e-8 of its value, and a square near 10
             wrong += [] if abs(found - expected) <= 1e-5 else [(E, K, found, expected)]
-        theirs += K > 1  # the formula of transformers gives K
+        share_KE = torch.nn.functional.one_hot(spread, E).float().mean(0)  # the formula of transformers: a share a slot
+        theirs += abs(E * (share_KE * torch.full((T, E), 1 / E).mean(0)).sum().item() - 1) > 1e-5
     assert wrong == []
     counted(tried, len(wrong), control=(theirs, "of them are not 1 by the formula that sums over K"))
 

@@ -43,4 +43,8 @@ def test_planted_secrets_are_found_nowhere(tmp_path, counted):
     values = [value.encode() for value in (*secrets.values(), in_file)]
     found = sum(any(value in text for text in texts) for value in values)
     control = sum(value in (tmp_path / "control").read_bytes() for value in values)
-    counted(len(values), found, control=(control, f"of {len(values)} are found in a dump of the environment"))
+    counted(
+        len(values),
+        found,
+        control=(control, f"of {len(values)} are found by the same search in a dump of the environment"),
+    )

@@ -3,6 +3,10 @@
 
 import os
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SIZE = 512
 
@@ -18,8 +22,9 @@ def self_check() -> list[str]:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     problems = []
     for device in devices:
-        name = "the cores" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+        name = "the cores" if device.type == "cpu" else str(device)
         try:
+            name += "" if device.type == "cpu" else f" ({torch.cuda.get_device_name(device)})"
             problems += [f"{name}: {wrong}" for wrong in product(device)]
             print(f"{name}: {speed(device):.0f} billion operations a second")
         except RuntimeError as error:
@@ -29,7 +34,7 @@ def self_check() -> list[str]:
     return problems
 
 
-def product(device: "torch.device") -> list[str]:  # type: ignore[name-defined]  # noqa: F821
+def product(device: "torch.device") -> list[str]:
     """x times its inverse permutation is x again, bit for bit; and gradients are those of the formula."""
     import torch
 
@@ -47,7 +52,7 @@ def product(device: "torch.device") -> list[str]:  # type: ignore[name-defined] 
     return wrong
 
 
-def speed(device: "torch.device") -> float:  # type: ignore[name-defined]  # noqa: F821
+def speed(device: "torch.device") -> float:
     """Billions of additions and multiplications a second in products of this size, for half a second."""
     import torch
 

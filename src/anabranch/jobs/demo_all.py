@@ -160,9 +160,12 @@ def prepared(folder: Path, topic: str) -> list[str]:
 
 
 def in_a_process(command: Sequence[str], stopped: Callable[[], bool]) -> Ended:
-    """Run it to its end; a stop is handed on to it, and its errors are shown and their last lines kept."""
+    """Run it to its end; a stop is handed on to it, and its errors are shown and their last lines kept.
+
+    It is in a group of its own: a signal to the whole group would reach it twice, and a second one ends it at once.
+    """
     started, last = time.monotonic(), deque[str](maxlen=LAST_LINES)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0) as process:
         reader = threading.Thread(target=hand_on, args=(process.stderr, last))
         reader.start()
         try:

@@ -17,6 +17,7 @@ from anabranch.jobs.demo_all import NUMBERS, PAGE, finished, in_words, read_reco
 from anabranch.jobs.erase_demo import PICTURES
 from anabranch.jobs.settings import DEMOS
 from anabranch.report.page import Figure, Page, Section, write
+from anabranch.train.publish import DISK_ERRORS
 
 TITLES = {
     "transfer": "Where sharing hurts, and what experts do about it",
@@ -77,7 +78,7 @@ def section(out: Path, topic: str, record: dict[str, Any], done: bool) -> Sectio
         return unfinished(topic, record.get(topic))
     try:
         shown = SHOWN[topic](out / topic)
-    except (OSError, ValueError, KeyError) as error:
+    except (*DISK_ERRORS, ValueError, LookupError, TypeError) as error:
         said = (
             f"Its files cannot be read any more ({error}). anabranch demo {topic} with another --out makes them anew."
         )

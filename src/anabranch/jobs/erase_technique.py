@@ -43,6 +43,9 @@ class TechniqueConfig:
 
 
 ALSO_CALLED = {"guidance_scale": "guidance", "num_inference_steps": "steps"}
+KNOWN = {field.name for field in fields(TechniqueConfig)}
+SAMPLING = {"guidance", "steps", "batch_size"}
+"""What every call may say for itself."""
 
 
 class GeomErasing:
@@ -66,6 +69,11 @@ class GeomErasing:
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **given: Any) -> list[Image.Image]:
         asked = {ALSO_CALLED.get(name, name): value for name, value in given.items()}
+        if strange := sorted(asked.keys() & KNOWN - SAMPLING):
+            raise UsageError(
+                f"{strange[0]} would change nothing here: it is said when geom_erasing is made",
+                expected=", ".join(sorted(SAMPLING)), received=strange[0],
+            )  # fmt: skip
         config = config_of(vars(self.config) | asked)
         first = secrets.randbits(31) if seed is None else seed
         seeds = [first + i for i in range(len(prompts))]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.models.hub.card import front_matter
+from anabranch.report.result import Result
 from anabranch.report.text import estimate
 
 WAYS = {
@@ -56,8 +57,9 @@ def experts_card(way: str, told: Mapping[str, Any], settings: Any, *, adapter: b
 
 
 def configuration(settings: Any) -> str:
-    rows = [f"| {name} | {value} |" for name, value in asdict(settings).items() if name not in PRIVATE]
-    return "\n".join(["| setting | value |", "| --- | --- |", *rows])
+    told = asdict(settings).items()
+    rows = [[name, str(value)] for name, value in told if name not in PRIVATE and not isinstance(value, Path)]
+    return Result("What the command was told", ["setting", "value"], rows).table()
 
 
 def costs(told: Mapping[str, Any]) -> str:
@@ -66,13 +68,12 @@ def costs(told: Mapping[str, Any]) -> str:
     if not losses:
         return "Not measured here."
     labels = list(next(iter(losses.values())))
-    rows = ["| nats a token, change [95 %] | " + " | ".join(labels) + " |", "| --- |" + " --- |" * len(labels)]
     first = next(iter(losses.values()))
-    rows.append("| as it was | " + " | ".join(f"{first[label]['before']:.3f}" for label in labels) + " |")
+    rows = [["as it was", *(f"{first[label]['before']:.3f}" for label in labels)]]
     for arm, found in losses.items():
         cells = [estimate(*(found[label][end] for end in ("change", "low", "high")), digits=3) for label in labels]
-        rows.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append([arm, *cells])
+    return Result("Nats a token as it was, then the change [95 %]", ["", *labels], rows).table()
 
 
 def touched(told: Mapping[str, Any]) -> str:

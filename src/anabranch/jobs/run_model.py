@@ -59,7 +59,8 @@ class RunModel(Pretrained):
         if folder.resolve() == self.folder.resolve():
             raise UsageError(f"{folder} is the run itself", expected="another folder", hint="another name")
         for name in ("base", "model"):
-            shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
+            shutil.rmtree(folder / name, ignore_errors=True)  # an earlier model's files would be read with this one's
+            shutil.copytree(self.folder / name, folder / name)
         replace(self.clusters, labels=torch.zeros(0, dtype=torch.int64)).save(folder / "clusters")
         (folder / self.MARK).write_text(json.dumps(self.summary, indent=1) + "\n", encoding="utf-8")
 

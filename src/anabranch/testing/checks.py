@@ -167,12 +167,12 @@ def determinism(case: Case) -> None:
 
 def rng(case: Case) -> None:
     given = case.make()
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    before = torch.get_rng_state(), of_numpy(), random.getstate()
     first = snapshot(case.run(given))
     moved = [
         name for name, same in (
             ("torch", torch.equal(before[0], torch.get_rng_state())),
-            ("numpy", before[1] == np.random.get_state()[1].tolist()),
+            ("numpy", before[1] == of_numpy()),
             ("python", before[2] == random.getstate()),
         ) if not same
     ]  # fmt: skip
@@ -182,6 +182,12 @@ def rng(case: Case) -> None:
     random.seed(12345)
     differs = difference(case.fresh(), first)
     assert differs is None, f"the result depends on a global generator: {differs}"
+
+
+def of_numpy() -> tuple[Any, ...]:
+    """The state of numpy's global generator: its keys, and the place among them, which is all that most draws move."""
+    _, keys, *place = np.random.get_state()
+    return keys.tolist(), *place
 
 
 def inputs(case: Case) -> None:
@@ -264,7 +270,8 @@ def tensors_of(given: Inputs, case: Case) -> Snapshot:
     for path, leaf in leaves(held):
         if isinstance(leaf, Tensor) and leaf.numel():
             first.setdefault(id(leaf), path)
-    return Snapshot({path: leaf for path, leaf in snapshot(held).items() if path in first.values()})
+    names = set(first.values())
+    return Snapshot({path: leaf for path, leaf in snapshot(held).items() if path in names})
 
 
 def of(values: Mapping[str, Any], path: str) -> Snapshot:

@@ -30,10 +30,15 @@ def children(value: Any) -> dict[str, Any] | None:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return value._asdict()
     if isinstance(value, Set):
-        return {str(i): part for i, part in enumerate(sorted(value, key=repr))}
+        return {str(i): part for i, part in enumerate(in_order(value))}
     if isinstance(value, (list, tuple)):
         return {str(i): part for i, part in enumerate(value)}
     return None
+
+
+def in_order(value: Any) -> list[Any]:
+    """Members by number: of a set in the order of their words, as it has none of its own."""
+    return sorted(value, key=repr) if isinstance(value, Set) else list(value)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -124,16 +129,6 @@ def plain(leaf: Any) -> Any:
     return leaf.item() if isinstance(leaf, np.generic) else leaf
 
 
-def nonfinite(value: Any) -> set[str]:
-    """Paths of leaves with a number that is none: NaN, infinity, or None in place of a number."""
-    found = set()
-    for path, leaf in leaves(value):
-        array = as_array(leaf)
-        if leaf is None or (isinstance(array, np.ndarray) and array.dtype.kind == "f" and not np.isfinite(array).all()):
-            found.add(path)
-    return found
-
-
 def replaced(value: Any, path: str, change: Any) -> Any:
     """A value whose leaf at `path` is `change(leaf)`; containers on the way are made anew, all else is shared."""
     if not path:
@@ -158,7 +153,7 @@ def rebuilt(value: Any, parts: dict[str, Any]) -> Any:
         return dataclasses.replace(value, **{name: part for name, part in parts.items() if name in init})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return value._replace(**parts)
-    return type(value)(parts.get(str(i), part) for i, part in enumerate(value))
+    return type(value)(parts.get(str(i), part) for i, part in enumerate(in_order(value)))
 
 
 def reordered(value: Any, along: Mapping[str, int], order: list[int], path: str = "") -> Any:

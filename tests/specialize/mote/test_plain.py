@@ -53,6 +53,14 @@ def test_a_forward_knows_steps_by_their_start_tokens(family):
     assert not torch.allclose(model(ids).logits, as_question), "the steps would not have mattered"
 
 
+def test_the_same_mixture_walks_other_steps_when_it_is_asked_again():
+    mote = tiny("llama")
+    ids, valid = asked(mote)
+    fresh = answered(as_model(tiny("llama"), mode="direct"), mote.tokenizer, ids, valid, max_new_tokens=9)
+    as_model(mote, mode="full", budget=LIMITS)
+    assert answered(as_model(mote, mode="direct"), mote.tokenizer, ids, valid, max_new_tokens=9) == fresh
+
+
 def test_words_that_stop_count_in_the_answer_alone():
     mote = tiny()
     ids, valid = asked(mote)

@@ -36,7 +36,8 @@ def as_model(mote: MoTE, *, mode: str = "adaptive", budget: Mapping[str, int] | 
     for name in limits:
         steps.index(name)
     Budget(of=limits)
-    base.__class__ = stepping(type(base))
+    if "walk" not in vars(base):  # else in another mode than before
+        base.__class__ = stepping(type(base))
     vars(base)["walk"] = Walk(mote.eval(), mode, limits)
     return base
 
