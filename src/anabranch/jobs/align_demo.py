@@ -32,10 +32,10 @@ from anabranch.jobs.align_eval import align_eval
 from anabranch.jobs.align_generate import Speaker
 from anabranch.jobs.align_settings import EvalSettings, GenerateSettings, TrainSettings
 from anabranch.jobs.align_train import align_train
-from anabranch.jobs.measure import write_json
 from anabranch.jobs.policy_base import train_base, world_tokenizer
 from anabranch.jobs.settings import DemoFlags
 from anabranch.models.language.folder import hushed
+from anabranch.train.publish import write_json
 from anabranch.train.run_folder import RunFolder
 
 SEED, STEPS, RANK, RATE = 0, 1000, 3, 0.02

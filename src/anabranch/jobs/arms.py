@@ -33,7 +33,7 @@ from anabranch.jobs.clusters import fingerprint
 from anabranch.jobs.corpus import at_most, mixture
 from anabranch.jobs.effects import arm_name, mean_scores, picked_scores
 from anabranch.jobs.embed import embed
-from anabranch.jobs.measure import Corpus, probe_tasks, shared_model, thinned, write_json
+from anabranch.jobs.measure import Corpus, probe_tasks, shared_model, thinned
 from anabranch.jobs.pretrain_experts import save_experts
 from anabranch.jobs.stages import pixel_statistics
 from anabranch.measure.semantics import pixel_routing, routing_semantics
@@ -45,7 +45,7 @@ from anabranch.reuse.extract import extract
 from anabranch.specialize import moce, token_moe
 from anabranch.specialize.mae import MaskedAutoencoding, masked_images
 from anabranch.train.loop import TrainConfig, train
-from anabranch.train.publish import replace_folder
+from anabranch.train.publish import replace_folder, write_json
 
 LOOK_IMAGES = 300
 """Test images of each task that the routers are watched on."""

@@ -14,6 +14,7 @@ from anabranch.data.images import SHIPPED, Images, concat, open_images
 from anabranch.errors import UsageError
 from anabranch.measure import probes
 from anabranch.models.bridge import bridge
+from anabranch.train.publish import write_json
 
 TEST_SHARE = 0.5
 
@@ -61,9 +62,7 @@ def check_same_images(run: Path, sets: Sequence[Images]) -> None:
     found = {f"{i} {images.name}": digest(images) for i, images in enumerate(sets)}
     file = run / "images.json"
     if not file.exists():
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        part.replace(file)
+        write_json(file, found)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = [name.partition(" ")[2] for name in found if found[name] != before.get(name)]

@@ -13,11 +13,10 @@ from anabranch.data.images import Images, open_images
 from anabranch.errors import UsageError
 from anabranch.jobs.card import model_card, opened
 from anabranch.jobs.corpus import at_most, short_name, with_split
-from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import CustomizeSettings
 from anabranch.jobs.stages import pixel_statistics
 from anabranch.models.bridge import bridge, open_model, read_config
-from anabranch.train.publish import publish_folder
+from anabranch.train.publish import publish_folder, write_json
 
 CHOICES = {"moce": "customize_experts", "sdr": "customize_sdr"}
 """The module of this folder whose `choose_and_extract(settings, task, summary)` gives the task's dense model, and what

@@ -12,9 +12,10 @@ from anabranch.errors import UsageError, did_you_mean
 from anabranch.jobs.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.customize import customize
 from anabranch.jobs.effects import after_routing, arm_name, arm_seconds, by_arm, effects, level, mean_over_seeds
-from anabranch.jobs.measure import _plain, measure, open_corpus, run_cells, write_json
+from anabranch.jobs.measure import _plain, measure, open_corpus, run_cells
 from anabranch.jobs.settings import CustomizeSettings, DemoFlags, MeasureSettings
 from anabranch.measure.intervals import Interval
+from anabranch.train.publish import write_json
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 

@@ -8,7 +8,6 @@ OUT/report.html                        a picture and the first sentences of each
 A demo that fails or is killed takes none of the others with it: a process that ran out of memory is one demo less.
 """
 
-import json
 import re
 import shutil
 import signal
@@ -24,8 +23,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from anabranch import __version__
-from anabranch.errors import DONE, STOPPED, CheckFailed, UsageError
+from anabranch.errors import DONE, STOPPED, AnabranchError, CheckFailed, UsageError
 from anabranch.jobs.settings import DEMOS, DemoFlags
+from anabranch.train.publish import read_json, write_json
 from anabranch.train.run_folder import CONFIG, LOCK, exclusive, writing_to
 from anabranch.train.signals import StopFlag
 
@@ -97,7 +97,7 @@ def check(flags: DemoFlags) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", expected="a folder for the demos", hint="another --out")
     names = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    if strangers := sorted(names - {*DEMOS, RECORD, f"{RECORD}.part", PAGE, LOCK}):
+    if strangers := sorted(names - {*DEMOS, RECORD, "demos.part", PAGE, LOCK}):
         received = ", ".join(strangers[:3])
         expected = "an empty folder, a new one, or one of demos"
         raise UsageError(f"{out} holds other things", expected=expected, received=received, hint="another --out")
@@ -126,15 +126,13 @@ def read_record(out: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["demos"])
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(read_json(file)["demos"])
+    except (AnabranchError, LookupError, ValueError, TypeError) as error:
         raise UsageError(f"{file} cannot be read", received=error, hint="another --out") from None
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    part = out / f"{RECORD}.part"
-    part.write_text(json.dumps({"version": __version__, "demos": record}, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / RECORD)
+    write_json(out / RECORD, {"version": __version__, "demos": record})
 
 
 def finished(out: Path, topic: str, record: dict[str, Any]) -> bool:

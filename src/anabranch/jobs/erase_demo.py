@@ -32,13 +32,13 @@ from anabranch.jobs.erase_numbers import without_nan
 from anabranch.jobs.garment_bench import Bench, Regime
 from anabranch.jobs.garment_judges import Judges, train_judges
 from anabranch.jobs.marked_garments import PLATE, caption_of, clean_world, with_mark
-from anabranch.jobs.measure import write_json
 from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.settings import DemoFlags
 from anabranch.measure.concept_ratio import paired_difference, ratio, wilson
 from anabranch.measure.controllability import controllability
 from anabranch.measure.erasure import steps_to_half
 from anabranch.suppress.detectors import Detector, open_detector
+from anabranch.train.publish import write_json
 from anabranch.train.run_folder import RunFolder
 
 BASE = Path(anabranch.__file__).parent / "data" / "garment_base"

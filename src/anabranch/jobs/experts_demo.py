@@ -21,7 +21,6 @@ from anabranch.jobs.experts_prune import experts_prune
 from anabranch.jobs.experts_rank import allowed, highest, known, module, overlap
 from anabranch.jobs.experts_settings import ProfileSettings, PruneSettings
 from anabranch.jobs.experts_texts import SHIPPED, Windows, losses_of, read_windows
-from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import DemoFlags
 from anabranch.jobs.text_mixture import SHIPPED_MODEL, seal_letters
 from anabranch.measure.experts.domain_specialisation import load
@@ -31,6 +30,7 @@ from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
 from anabranch.models.mixtures.routing import changed, off_refill
 from anabranch.reuse.steer import ftri
+from anabranch.train.publish import write_json
 from anabranch.train.run_folder import RunFolder
 
 TARGET, KEEP, NUM, DRAWS = "law", 4, 4, 8

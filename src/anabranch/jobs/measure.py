@@ -45,7 +45,7 @@ from anabranch.measure.relatedness import agreement
 from anabranch.measure.transfer import SHARED, TransferScores, summarise
 from anabranch.report.result import Results
 from anabranch.train.loop import TrainConfig, train
-from anabranch.train.publish import replace_folder
+from anabranch.train.publish import replace_folder, write_json
 from anabranch.train.run_folder import RunFolder, differing_keys
 from anabranch.train.signals import StopFlag
 
@@ -100,13 +100,6 @@ def _plain(settings: MeasureSettings) -> dict[str, Any]:
     hidden = ("out", "resume", "workers")
     values = {name: value for name, value in asdict(settings).items() if name not in hidden}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def open_corpus(settings: MeasureSettings) -> Corpus:

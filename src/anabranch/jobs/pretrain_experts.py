@@ -17,12 +17,12 @@ from anabranch.data.streams import ShuffledIndices, StratifiedIndices
 from anabranch.errors import UsageError
 from anabranch.jobs.checks import expert_config, num_clusters
 from anabranch.jobs.clusters import described, obtain_clusters
-from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.stages import finish, obtain_base, open_pool, open_run, publish, say, second_stage, train_stage
 from anabranch.models import vit_mae
 from anabranch.specialize import moce, token_moe
 from anabranch.specialize.mae import masked_images
+from anabranch.train.publish import write_json
 from anabranch.train.signals import StopFlag
 
 EXPERTS = "experts.json"

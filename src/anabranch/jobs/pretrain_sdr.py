@@ -23,7 +23,6 @@ from anabranch.data.images import Images
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.jobs.clusters import described, obtain_clusters
 from anabranch.jobs.learners import family_of, learner, training
-from anabranch.jobs.measure import write_json
 from anabranch.jobs.sdr_checks import base_steps, check_request
 from anabranch.jobs.sdr_monitor import look
 from anabranch.jobs.settings import PretrainSettings
@@ -46,6 +45,7 @@ from anabranch.specialize.sdr.objective import SubnetLearning, grown
 from anabranch.specialize.sdr.phases import Phase
 from anabranch.specialize.sdr.schedule import Rounds
 from anabranch.specialize.sdr.supernet import SuperNet
+from anabranch.train.publish import write_json
 from anabranch.train.signals import StopFlag
 
 PATHS = "paths.json"

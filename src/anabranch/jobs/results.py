@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The results of the jobs in one form: from what a job returns, or from the folder of a finished run."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anabranch.errors import UsageError
+from anabranch.errors import AnabranchError, UsageError
 from anabranch.report.result import Estimate, Result, Results
+from anabranch.train.publish import read_json
 
 BASE, BEFORE = "base", "before"
 
@@ -35,8 +35,8 @@ def results(run: str | Path) -> Results:
 
 def read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_json(file)
+    except AnabranchError as error:
         raise UsageError(f"{file} cannot be read", expected="JSON as a job wrote it", received=error) from None
     if not isinstance(found, dict):
         raise UsageError(f"{file} cannot be read", expected="a JSON object", received=type(found).__name__)

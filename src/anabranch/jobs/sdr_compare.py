@@ -9,13 +9,14 @@ import numpy as np
 
 from anabranch import __version__
 from anabranch.jobs.effects import Results, arm_seconds, by_arm, effects, level
-from anabranch.jobs.measure import _plain, open_corpus, run_cells, write_json
+from anabranch.jobs.measure import _plain, open_corpus, run_cells
 from anabranch.jobs.recipe_table import arms as arm_tables
 from anabranch.jobs.recipe_table import cell, diagnosis, learning_curves, processor_time, scores_in_words, table
 from anabranch.jobs.sdr_arms import SdrArm, SdrArmSettings, SdrBench, run_sdr_arm
 from anabranch.jobs.settings import MeasureSettings
 from anabranch.measure.intervals import interval
 from anabranch.measure.rank import collapsed
+from anabranch.train.publish import write_json
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 

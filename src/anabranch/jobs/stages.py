@@ -17,11 +17,10 @@ from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.errors import CheckFailed
 from anabranch.jobs.corpus import at_most, check_same_images, mixture, open_together
 from anabranch.jobs.learners import family_of, learner, training
-from anabranch.jobs.measure import write_json
 from anabranch.jobs.settings import PretrainSettings
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.processes import processes
-from anabranch.train.publish import replace_folder
+from anabranch.train.publish import replace_folder, write_json
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.touch import digest
 

@@ -199,6 +199,13 @@ def read_json(path: Path) -> Any:
         raise AnabranchError(f"{path.name}: not valid JSON") from error
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
 def sync(path: Path) -> None:
     """fsync a file or a folder; folders of file systems that cannot do it are left to their own devices."""
     descriptor = os.open(path, os.O_RDONLY)
