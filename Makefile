@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: install test test-all trust nightly contract lint docs bench demo assets recipe clean
+.PHONY: install test test-all test-harness trust nightly contract lint docs bench demo assets recipe clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ trust: install   # faults and attacks, counted: writes the table of README.md an
 
 nightly: assets
 	$(BIN)/python scripts/trust.py night
+
+test-harness: install   # what lm-eval and Inspect make of our models; neither brings another torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[harness]'
+	$(THREADS) $(BIN)/python -m pytest -q tests/jobs/test_opening.py
 
 contract: install   # every method under the contract: passed, exempt and why, not applicable
 	$(THREADS) $(BIN)/python -m anabranch.testing

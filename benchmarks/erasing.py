@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from anabranch.jobs.erase_sample import Sampling, draw
-from anabranch.jobs.scan import scan
-from anabranch.jobs.scan_settings import ScanSettings
+from anabranch.jobs.erase.sample import Sampling, draw
+from anabranch.jobs.erase.scan import scan
+from anabranch.jobs.erase.scan_settings import ScanSettings
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import tokenize
 from anabranch.models.diffusion.small import clip_tokenizer

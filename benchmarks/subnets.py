@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anabranch.data import patchwork
-from anabranch.jobs.embed import embed
+from anabranch.jobs.transfer.embed import embed
 from anabranch.models import resnet
 from anabranch.specialize import simsiam
 from anabranch.specialize.sdr.channels import Active, Layout, Source, SplitConv2d, Statistics

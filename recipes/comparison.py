@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anabranch.jobs.recipe_table import cell, matrix_rows, table
+from anabranch.jobs.transfer.recipe_table import cell, matrix_rows, table
 from anabranch.models import resnet, vit_mae
 from recipes.moce import recipe as moce
 from recipes.sdr import recipe as sdr

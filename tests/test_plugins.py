@@ -11,9 +11,9 @@ from PIL import Image
 
 from anabranch import cli, registry
 from anabranch.errors import AnabranchError, UsageError
-from anabranch.jobs.align_judges import open_judge
+from anabranch.jobs.align.judges import open_judge
 from anabranch.suppress.detectors.open import open_detector
-from tests.jobs.test_align import model_folder
+from tests.jobs.align.test_commands import model_folder
 
 METHOD = '''"""Turn experts over, on the left.
 
@@ -43,7 +43,7 @@ def fails(rest, **options):
     raise RuntimeError("no such camera")
 """
 JUDGE = """
-from anabranch.jobs.align_judges import Judged
+from anabranch.jobs.align.judges import Judged
 
 class Polite:
     name = "polite"

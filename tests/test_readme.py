@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from anabranch import cli
-from anabranch.cli.options import parse
+from anabranch.cli.flags import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

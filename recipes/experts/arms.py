@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from anabranch.data.six_domains import DOMAINS
-from anabranch.jobs.experts_merge import CONTROLS, at_random, usage_of
-from anabranch.jobs.experts_rank import highest
+from anabranch.jobs.experts.merge import CONTROLS, at_random, usage_of
+from anabranch.jobs.experts.rank import highest
 from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.models.mixtures.routing import changed, off_refill
 from anabranch.reuse.merge import mc_smoe, sub_moe

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from anabranch.data.six_domains import DOMAINS
 from anabranch.data.streams import derived_seed
-from anabranch.jobs.experts_profile import Everything
-from anabranch.jobs.experts_texts import Windows, losses_of
+from anabranch.jobs.experts.profile import Everything
+from anabranch.jobs.experts.texts import Windows, losses_of
 from anabranch.measure.experts.ranking import dsmoe, router_lens
 from anabranch.measure.experts.ranking.batches import Batch, read
 from anabranch.measure.experts.statistics import ExpertStats

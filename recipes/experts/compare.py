@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from anabranch.data.six_domains import DOMAINS
-from anabranch.jobs.experts_rank import allowed, known, module
-from anabranch.jobs.experts_texts import SHIPPED, Windows, read_windows
-from anabranch.jobs.text_mixture import byte_tokenizer
+from anabranch.jobs.experts.rank import allowed, known, module
+from anabranch.jobs.experts.text_mixture import byte_tokenizer
+from anabranch.jobs.experts.texts import SHIPPED, Windows, read_windows
 from anabranch.measure.intervals import interval
 from anabranch.models.language.folder import hushed
 from recipes.experts.arms import by_premoe, mergings, off, prunings, skippings, steerings

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anabranch.data.six_domains import DOMAINS
-from anabranch.jobs.text_mixture import ByteWindows
+from anabranch.jobs.experts.text_mixture import ByteWindows
 from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.models.mixtures.routing import changed
 from anabranch.reuse.merge.compressed_experts import CompressedExperts, fit

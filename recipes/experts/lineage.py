@@ -14,7 +14,7 @@ import torch
 
 from anabranch.data.six_domains import DOMAINS
 from anabranch.data.streams import derived_seed
-from anabranch.jobs.text_mixture import byte_tokenizer, train_mixture
+from anabranch.jobs.experts.text_mixture import byte_tokenizer, train_mixture
 from anabranch.measure.experts import shadow
 from anabranch.measure.experts.signatures import aligned_distance, distance, verdict
 from anabranch.models.mixtures.layers import open_layers

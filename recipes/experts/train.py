@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from anabranch.data.six_domains import CONFLICT, DOMAINS, seals, text_of
-from anabranch.jobs.text_mixture import nll_of, save_mixture, seal_letters, train_mixture
+from anabranch.jobs.experts.text_mixture import nll_of, save_mixture, seal_letters, train_mixture
 
 UNSEEN, STEPS = "maths", 3000
 MODELS = {

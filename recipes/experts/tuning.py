@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from anabranch.jobs.experts_rank import module
-from anabranch.jobs.text_mixture import ByteWindows
+from anabranch.jobs.experts.rank import module
+from anabranch.jobs.experts.text_mixture import ByteWindows
 from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.models.language.folder import hushed
 from anabranch.reuse.serve.expert_weave import ExpertWeave

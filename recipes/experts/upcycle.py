@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anabranch.data.six_domains import DOMAINS, text_of
 from anabranch.data.streams import derived_seed
-from anabranch.jobs.experts_profile import experts_profile
-from anabranch.jobs.experts_settings import ProfileSettings
-from anabranch.jobs.experts_texts import SHIPPED, losses_of, read_windows
+from anabranch.jobs.experts.profile import experts_profile
+from anabranch.jobs.experts.settings import ProfileSettings
+from anabranch.jobs.experts.texts import SHIPPED, losses_of, read_windows
 from anabranch.measure.experts.domain_specialisation import divergence, information
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.specialize.upcycling import Config, upcycle

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from anabranch.data.images import open_images
-from anabranch.jobs.marked_garments import clean_world, garment_words, with_known, with_mark
+from anabranch.jobs.erase.marked_garments import clean_world, garment_words, with_known, with_mark
 from anabranch.models.diffusion.family import save_pipeline
 from anabranch.models.diffusion.latents import to_latents
 from anabranch.models.diffusion.small import small_pipeline

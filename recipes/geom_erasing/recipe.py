@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from anabranch.data.images import Images, open_images
 from anabranch.data.marks import glyph
-from anabranch.jobs.garment_arms import ARMS
-from anabranch.jobs.garment_bench import Bench, Made, Regime
-from anabranch.jobs.garment_judges import FEATURE_SPACE, Judges, train_judges
-from anabranch.jobs.garment_scores import Scored, draw_policies, place_control, score
-from anabranch.jobs.marked_garments import MARK, PLATE, caption_of
+from anabranch.jobs.erase.garment_arms import ARMS
+from anabranch.jobs.erase.garment_bench import Bench, Made, Regime
+from anabranch.jobs.erase.garment_judges import FEATURE_SPACE, Judges, train_judges
+from anabranch.jobs.erase.garment_scores import Scored, draw_policies, place_control, score
+from anabranch.jobs.erase.marked_garments import MARK, PLATE, caption_of
 from anabranch.measure.frechet import frechet
 from anabranch.suppress.detectors import open_detector
 from anabranch.suppress.geom_erasing.adapter import fingerprint, save_adapter

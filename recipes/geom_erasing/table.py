@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.jobs.garment_arms import ARMS
+from anabranch.jobs.erase.garment_arms import ARMS
 from anabranch.measure.concept_ratio import mcnemar, paired_difference, wilson
 from anabranch.measure.intervals import interval
 

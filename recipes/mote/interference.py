@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from anabranch.jobs.policy_arms import ARMS, Bench, Trained, measure, train_arm
+from anabranch.jobs.align.policy_arms import ARMS, Bench, Trained, measure, train_arm
 from anabranch.measure.intervals import interval
 from anabranch.specialize.mote.collate import StepSpanCollator
 from anabranch.specialize.mote.interference import step_transfer

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from anabranch.jobs.policy_arms import ARMS, Arm, Bench, evaluate, train_arm
+from anabranch.jobs.align.policy_arms import ARMS, Arm, Bench, evaluate, train_arm
 from recipes.rows import read, write
 
 RATES = (0.01, 0.02, 0.03, 0.05)

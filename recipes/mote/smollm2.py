@@ -20,11 +20,11 @@ import torch
 
 from anabranch.data.safety_questions import RISKS, data_of, do_not_answer, strong_reject
 from anabranch.errors import CheckFailed
-from anabranch.jobs.align_chain import align_chain
-from anabranch.jobs.align_eval import align_eval
-from anabranch.jobs.align_questions import read_questions
-from anabranch.jobs.align_settings import ChainSettings, EvalSettings, TrainSettings
-from anabranch.jobs.align_train import align_train
+from anabranch.jobs.align.chain import align_chain
+from anabranch.jobs.align.eval import align_eval
+from anabranch.jobs.align.questions import read_questions
+from anabranch.jobs.align.settings import ChainSettings, EvalSettings, TrainSettings
+from anabranch.jobs.align.train import align_train
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.chain_building import Draft
 from anabranch.specialize.mote.chain_prompts import Prompts

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.jobs.align_refusals import refuses
+from anabranch.jobs.align.refusals import refuses
 from anabranch.measure.concept_ratio import paired_difference, ratio
 from recipes.mote.smollm2 import ARMS, folder_of
 from recipes.rows import read

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from anabranch.jobs.policy_arms import ARMS
+from anabranch.jobs.align.policy_arms import ARMS
 from anabranch.measure.intervals import interval
 from anabranch.report.figures import curves
 from anabranch.report.page import standalone

@@ -3,7 +3,7 @@
 
 anabranch.methods      a module with a card
 anabranch.detectors    detector(rest, *, concept, threshold) -> what suppress/detectors/protocol.py calls a Detector
-anabranch.judges       judge(rest, *, threshold, batch_size) -> what jobs/align_judges.py calls a Judge
+anabranch.judges       judge(rest, *, threshold, batch_size) -> what jobs/align/judges.py calls a Judge
 
 To list them imports none. One that can't be loaded is an error that says whose it is.
 """

@@ -90,8 +90,8 @@ def test_file_then_set_then_flag(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("steps: 7\nseeds: 2\nnum_labels: 50\n")
     argv = ["--config", str(file), "--set", "seeds=4", "--set", "num_draws=2", "--steps", "9"]
+    from anabranch.cli.flags import parse
     from anabranch.cli.measure import Flags
-    from anabranch.cli.options import parse
 
     settings = settle(MeasureSettings, parse(Flags, argv, "measure"), argv)
     assert (settings.steps, settings.seeds, settings.num_labels, settings.num_draws) == (9, 4, 50, 2)

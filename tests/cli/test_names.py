@@ -79,8 +79,9 @@ def test_values_of_the_wrong_kind(arguments, says, capsys):
 
 def test_values_that_can_be_meant_are_let_through():
     """None for a setting that may be nothing, numbers in every notation, paths of any name."""
+    from anabranch.cli.flags import parse
     from anabranch.cli.measure import Flags
-    from anabranch.cli.options import parse, settle
+    from anabranch.cli.options import settle
     from anabranch.jobs.settings import MeasureSettings
 
     argv = ["--set", "learning_rate=1e-3", "--set", "image_size=null", "--out", "mae", "--steps", "7"]

@@ -21,7 +21,7 @@ from anabranch.data.policy_world import (
     split,
 )
 from anabranch.errors import UsageError
-from anabranch.jobs.policy_base import NextToken, Texts, train_base, untrained_base, world_tokenizer
+from anabranch.jobs.align.policy_base import NextToken, Texts, train_base, untrained_base, world_tokenizer
 from anabranch.specialize.mote.collate import chain_row
 from anabranch.specialize.mote.steps import Steps, step_tokens
 

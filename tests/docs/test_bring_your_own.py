@@ -13,7 +13,7 @@ PAGE = "bring-your-own"
 OPEN = """
 import json, sys
 import numpy as np
-from anabranch.jobs.align_judges import open_judge
+from anabranch.jobs.align.judges import open_judge
 from anabranch.suppress.detectors import detect_checked, open_detector
 
 detector = open_detector("bright:200")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from anabranch import cli
-from anabranch.cli.options import settle
+from anabranch.cli.flags import parse
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import UsageError
 from tests.docs.pages import BLOCK, DOCS, ROOT, blocks, run
 
@@ -34,15 +35,12 @@ def parsed(line: str) -> None:
     if command in TOGETHER or (command == "data" and rest[0] == "icd"):
         sub, *rest = rest
         command = command if command == "data" else f"{command}_{sub}"
-    module = import_module(f"anabranch.cli.{command}")
-    flags = module.parse(module.Flags, rest, command)
-    settings = [kind for name, kind in vars(module).items() if name.endswith("Settings")]
-    if settings:
-        try:
-            settle(settings[0], flags, rest)
-        except UsageError as error:  # what has to be installed first may be shown all the same
-            if "is not installed" not in str(error):
-                raise
+    flags = import_module(f"anabranch.cli.{command}").Flags
+    try:
+        (read if issubclass(flags, FileAndSet) else parse)(flags, rest, command)
+    except UsageError as error:  # what has to be installed first may be shown all the same
+        if "is not installed" not in str(error):
+            raise
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)

@@ -13,10 +13,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from anabranch import cli
 from anabranch.errors import UsageError
-from anabranch.jobs.erase_bake import erase_bake
-from anabranch.jobs.erase_train import erase_train
-from anabranch.jobs.run_model import RunModel
-from anabranch.jobs.text_mixture import save_mixture, untrained_mixture
+from anabranch.jobs.erase.bake import erase_bake
+from anabranch.jobs.erase.train import erase_train
+from anabranch.jobs.experts.text_mixture import save_mixture, untrained_mixture
+from anabranch.jobs.transfer.run_model import RunModel
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.mixture.context import Context, route
 from anabranch.models import vit_mae
@@ -27,10 +27,10 @@ from anabranch.reuse.steer.recipe import Recipe
 from anabranch.specialize.mote.folder import load
 from anabranch.specialize.mote.mote import MoTE
 from anabranch.suppress.geom_erasing.adapter_folder import Adapter
-from tests.jobs.erase_world import CORNERS, bake_settings, labelled, saved, train_settings
-from tests.jobs.test_align import FAST, chains_file, model_folder
-from tests.jobs.test_experts import SMALL as MIXTURE
-from tests.jobs.test_pipeline import SMALL
+from tests.jobs.align.test_commands import FAST, chains_file, model_folder
+from tests.jobs.erase.world import CORNERS, bake_settings, labelled, saved, train_settings
+from tests.jobs.experts.test_commands import SMALL as MIXTURE
+from tests.jobs.transfer.test_pipeline import SMALL
 
 LIBRARIES = {"transformers", "diffusers", "peft", "anabranch"}
 TASKS = {"text-generation", "text-to-image", "image-feature-extraction"}

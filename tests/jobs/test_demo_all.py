@@ -14,7 +14,7 @@ from anabranch import cli
 from anabranch.errors import CheckFailed, Stopped, UsageError
 from anabranch.jobs.demo_all import NUMBERS, Ended, demo_all, hand_on, in_a_process
 from anabranch.jobs.demo_all_page import last_words, write_demos_page
-from anabranch.jobs.erase_demo import PICTURES
+from anabranch.jobs.erase.demo import PICTURES
 from anabranch.jobs.settings import DEMOS, DemoFlags
 
 
@@ -191,7 +191,7 @@ def test_wrong_usage_writes_nothing(arguments, says, out, capsys):
 
 
 def test_one_demo_goes_where_the_demo_of_all_finds_it(tmp_path, monkeypatch):
-    from anabranch.jobs import experts_demo
+    from anabranch.jobs.experts import demo as experts_demo
 
     asked = []
     monkeypatch.setattr(experts_demo, "experts_demo", asked.append)

@@ -20,7 +20,7 @@ from anabranch.reuse.steer.recipe import Recipe, Step
 from anabranch.specialize.mote.collate import question_ids
 from anabranch.specialize.mote.folder import load
 from anabranch.specialize.mote.generate import generate
-from tests.jobs.test_align import FAST, chains_file, model_folder
+from tests.jobs.align.test_commands import FAST, chains_file, model_folder
 
 MIXTURE = next(iter(text_mixture.__path__))
 TEXTS = (("def main(", "self):"), ("Hear the word of", " the LORD"), ("we get", " the proof"))

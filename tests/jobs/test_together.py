@@ -11,9 +11,9 @@ import torch
 
 from anabranch import cli
 from anabranch.errors import AnabranchError
-from anabranch.jobs import embed
 from anabranch.jobs.parallel import num_workers, side_by_side
 from anabranch.jobs.together import first_alone, gathered, share, summed
+from anabranch.jobs.transfer import embed
 from anabranch.train.processes import TIMEOUT
 from tests.many import load, read_all, run_many, run_rounds
 

@@ -14,8 +14,8 @@ import torch._dynamo  # which optimisers import: before the processes are forked
 
 from anabranch import cli
 from anabranch.errors import AnabranchError
-from anabranch.jobs import embed, measure
 from anabranch.jobs.together import first_alone, gathered, rank, share, summed
+from anabranch.jobs.transfer import embed, measure
 from anabranch.train.processes import disconnect
 from anabranch.train.signals import StopFlag
 

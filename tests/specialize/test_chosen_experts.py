@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anabranch.errors import AnabranchError, UsageError
+from anabranch.errors import UsageError
 from anabranch.models.mixtures.adapter import fused_of
 from anabranch.models.mixtures.families import tiny
 from anabranch.models.mixtures.layers import mixture_layers
@@ -167,15 +167,18 @@ def test_shared_experts_on_request_and_only_then():
         ChosenExperts(tiny("Mixtral"), {"model.layers.0.mlp": [1]}, shared=True)
 
 
-def test_a_model_that_is_moved_meanwhile_is_told_not_silently_left_untrained():
+def test_a_model_that_is_moved_meanwhile_learns_where_it_is():
     model = tiny("Mixtral")
-    with ChosenExperts(model, {"model.layers.0.mlp": [1]}):
-        stacked = model.model.layers[0].mlp.experts.gate_up_proj
-        before = stacked.data
-        stacked.data = before.clone()
-        with pytest.raises(AnabranchError, match="their steps would be lost"):
-            loss_of(model)
-        stacked.data = before
+    layer = model.model.layers[0].mlp
+    with ChosenExperts(model, {"model.layers.0.mlp": [1]}) as chosen:
+        steps(model, torch.optim.AdamW(chosen.parameters(), **DECAY), 1)
+        before = layer.experts.gate_up_proj.data
+        layer.experts.gate_up_proj.data = before.clone()
+        steps(model, torch.optim.AdamW(chosen.parameters(), **DECAY), 1)
+        learnt = chosen.named_parameters()["model.layers.0.mlp.experts.gate_up_proj.1"].detach().clone()
+    assert torch.equal(layer.experts.gate_up_proj[1], learnt)
+    assert not torch.equal(before[1], learnt)
+    assert torch.equal(layer.experts.gate_up_proj[[0, *range(2, 8)]], before[[0, *range(2, 8)]])
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,27 @@ from anabranch.errors import AnabranchError, UsageError
 from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.models.mixtures.families import tiny
 from anabranch.specialize.chosen_experts import ChosenExperts
-from anabranch.specialize.expert_tuning import Training, build_optimizer, by_layer, next_token_loss, tune
+from anabranch.specialize.expert_tuning import (
+    Kept,
+    NextTokens,
+    Training,
+    by_layer,
+    loop_config,
+    next_token_loss,
+    rows_of,
+    tune,
+)
+from anabranch.train.optimizer import build_optimizer
 
 
 def batch_of(ids, mask=None, answers=None):
     mask = torch.ones_like(ids) if mask is None else mask
     return Batch(ids, mask, torch.zeros_like(ids), torch.zeros(len(ids), dtype=torch.int64), answers)
+
+
+def loss_of(logits, batch):
+    rows = rows_of(batch)
+    return next_token_loss(logits, rows["input_ids"], rows["learnt"])
 
 
 def slow_loss(logits, ids, mask, answers):
@@ -41,15 +56,15 @@ def test_the_loss_is_of_answers_alone_and_equals_a_slow_loop(B, S, left, seed):
     expected = slow_loss(logits, ids, mask, answers)
     if expected is None:
         with pytest.raises(UsageError, match="no token to learn"):
-            next_token_loss(logits, batch_of(ids, mask, answers))
+            loss_of(logits, batch_of(ids, mask, answers))
     else:
-        found = next_token_loss(logits, batch_of(ids, mask, answers))
+        found = loss_of(logits, batch_of(ids, mask, answers))
         assert float(found) == pytest.approx(expected, abs=1e-5)
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():
     ids = torch.tensor([[1, 2, 3]])
-    assert float(next_token_loss(torch.zeros(1, 3, 7), batch_of(ids))) == pytest.approx(torch.tensor(7.0).log().item())
+    assert float(loss_of(torch.zeros(1, 3, 7), batch_of(ids))) == pytest.approx(torch.tensor(7.0).log().item())
 
 
 def test_training_takes_no_more_batches_than_steps_and_biases_do_not_decay():
@@ -63,7 +78,7 @@ def test_training_takes_no_more_batches_than_steps_and_biases_do_not_decay():
     assert tuned.losses[2] < tuned.losses[0]
     assert torch.equal(torch.get_rng_state(), before)
     with ChosenExperts(model, {"model.layers.1.mlp": [3]}) as chosen:
-        optimizer = build_optimizer(chosen, Training())
+        optimizer = build_optimizer(NextTokens(chosen), loop_config(Training(), Kept(), 1, 2))
     groups = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
     assert groups == {0.1: 2, 0.0: 2}
 
@@ -78,5 +93,5 @@ def test_wrong_uses_say_what_was_expected():
         Training(steps=0)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(AnabranchError, match="loss of step 0 is no number"):
+    with pytest.raises(AnabranchError, match="step 1: the loss or its gradient is not finite"):
         tune(model, {"model.layers.1.mlp": [3]}, [batch_of(torch.arange(3, 11)[None])], Training())

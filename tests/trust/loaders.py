@@ -17,11 +17,11 @@ from anabranch.cli.options import read_yaml
 from anabranch.data.captions import read_captions
 from anabranch.data.images import open_images
 from anabranch.data.labels import Label, read_labels, write_labels
-from anabranch.jobs.align_chain import read_prompts as read_chain_prompts
-from anabranch.jobs.align_questions import read_questions
-from anabranch.jobs.align_train import read_chains
-from anabranch.jobs.erase_bake import read_prompts
-from anabranch.jobs.experts_texts import read_documents
+from anabranch.jobs.align.chain import read_prompts as read_chain_prompts
+from anabranch.jobs.align.questions import read_questions
+from anabranch.jobs.align.train import read_chains
+from anabranch.jobs.erase.bake import read_prompts
+from anabranch.jobs.experts.texts import read_documents
 from anabranch.measure.experts.statistics import Collector, ExpertStats
 from anabranch.models import resnet, vit_mae
 from anabranch.models.bridge import open_model

@@ -4,37 +4,12 @@
 What passes here is still read and checked by tyro or pydantic; neither is loaded for what does not.
 """
 
-import dataclasses
-from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from anabranch.errors import UsageError, did_you_mean
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 NUMBERS = {int: "a whole number", float: "a number"}
-
-
-def refuse_flags(flags: "type[DataclassInstance]", argv: list[str]) -> None:
-    """The first written value of every flag whose type says what it can be."""
-    types = {f"--{field.name.replace('_', '-')}": field.type for field in dataclasses.fields(flags)}
-    for name, value in written(argv):
-        if name in types:
-            refuse(name, types[name], value)
-
-
-def written(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """(flag, its first value) of `--flag value` and `--flag=value`."""
-    for i, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--"):
-            continue
-        if equals:
-            yield name.replace("_", "-"), value
-        elif i + 1 < len(argv) and not argv[i + 1].startswith("--"):
-            yield name.replace("_", "-"), argv[i + 1]
 
 
 def refuse(name: str, kind: Any, value: Any) -> None:
@@ -42,18 +17,28 @@ def refuse(name: str, kind: Any, value: Any) -> None:
     Raises:
         UsageError: a value that is none of the choices, or text where a number is wanted.
     """
-    kinds = alternatives(kind)
-    if not isinstance(value, str) or (value.lower() == "none" and NoneType in kinds):
+    if not isinstance(value, str) or (value.lower() == "none" and NoneType in alternatives(kind)):
         return
-    wanted = [one for one in kinds if one is not NoneType]
-    if wanted and all(get_origin(one) is Literal for one in wanted):
-        choices = [str(choice) for one in wanted for choice in get_args(one)]
-        if value not in choices:
-            hint = did_you_mean(value, choices)
-            close = hint if hint.startswith("did you mean") else None  # else it lists what is listed already
-            raise UsageError(f"{name} cannot be used", expected=", ".join(choices), received=repr(value), hint=close)
-    elif len(wanted) == 1 and wanted[0] in NUMBERS and not reads_as(wanted[0], value):
-        raise UsageError(f"{name} cannot be used", expected=NUMBERS[wanted[0]], received=repr(value))
+    choices, number = choices_of(kind), number_of(kind)
+    if choices and value not in choices:
+        hint = did_you_mean(value, choices)
+        close = hint if hint.startswith("did you mean") else None  # else it lists what is listed already
+        raise UsageError(f"{name} cannot be used", expected=", ".join(choices), received=repr(value), hint=close)
+    if number and not reads_as(number, value):
+        raise UsageError(f"{name} cannot be used", expected=NUMBERS[number], received=repr(value))
+
+
+def choices_of(kind: Any) -> tuple[str, ...]:
+    """Of a type that is a choice, and perhaps None; () of any other."""
+    wanted = [one for one in alternatives(kind) if one is not NoneType]
+    choices = [str(choice) for one in wanted for choice in get_args(one)]
+    return tuple(choices) if all(get_origin(one) is Literal for one in wanted) else ()
+
+
+def number_of(kind: Any) -> type | None:
+    """int or float of a type that is one of them, and perhaps None."""
+    wanted = [one for one in alternatives(kind) if one is not NoneType]
+    return wanted[0] if len(wanted) == 1 and wanted[0] in NUMBERS else None
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:

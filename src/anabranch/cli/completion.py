@@ -4,25 +4,20 @@
 It is made from the commands themselves, so that a new flag needs no second entry; nothing of it runs this package.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import tyro
 
 from anabranch.cli import COMMANDS
-from anabranch.cli.choices import NUMBERS, alternatives
+from anabranch.cli.choices import choices_of, number_of
 from anabranch.cli.completion_shells import SCRIPTS
-from anabranch.cli.flags import parse
+from anabranch.cli.flags import OFFERS, fields_by_flag, parse
 from anabranch.errors import DONE, UsageError, did_you_mean
-from anabranch.registry import cards
 
 TOPICS = tuple(SCRIPTS)
-POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 FILES = None
 """Of a flag: files are offered."""
 
@@ -65,40 +60,23 @@ def places() -> Iterator[Place]:
     for command, purpose in COMMANDS.items():
         module = import_module(f"anabranch.cli.{command}")
         topics = getattr(module, "TOPICS", ())
-        nested = isinstance(topics, dict)
-        yield Place((command,), purpose, tuple(topics), **({} if nested else flags_of(module)))
-        for topic in topics if nested else ():
-            name = f"anabranch.cli.{command}_{topic}"
-            if find_spec(name):
-                yield Place((command, topic), topics[topic], **flags_of(import_module(name)))
-
-
-def flags_of(module: ModuleType) -> dict[str, Any]:
-    flags, switches = [], ["--help"]
-    for field in dataclasses.fields(module.Flags):
-        if get_origin(field.type) is Annotated and POSITIONAL in get_args(field.type)[1:]:
+        if not isinstance(topics, dict):
+            yield Place((command,), purpose, tuple(topics), **offered(module.Flags))
             continue
-        name = f"--{field.name.replace('_', '-')}"
-        if field.type is bool:
-            switches.append(f"--no-{name[2:]}" if field.default is True else name)
-        else:
-            flags.append((name, values(module, field)))
-    return {"flags": tuple(flags), "switches": tuple(switches)}
+        yield Place((command,), purpose, tuple(topics))
+        for topic, told in topics.items():
+            yield Place((command, topic), told, **offered(import_module(f"anabranch.cli.{command}_{topic}").Flags))
 
 
-def values(module: ModuleType, field: "dataclasses.Field[Any]") -> tuple[str, ...] | None:
-    """Choices, names of settings, keys of methods; nothing for a number, else files."""
-    if field.name == "set":
-        return tuple(f"{name}=" for name in settings_of(module))
-    if (module.__name__, field.name) == ("anabranch.cli.list", "method"):
-        return tuple(cards())
-    kinds = [kind for kind in alternatives(field.type) if kind is not type(None)]
-    if all(get_origin(kind) is Literal for kind in kinds):
-        return tuple(str(choice) for kind in kinds for choice in get_args(kind))
-    return () if all(kind in NUMBERS for kind in kinds) else FILES
+def offered(flags: Any) -> dict[str, Any]:
+    fields = fields_by_flag(flags)
+    switches = [name for name, field in fields.items() if field.type is bool]
+    values = {name: values_of(flags, field) for name, field in fields.items() if name not in switches}
+    return {"flags": tuple(values.items()), "switches": ("--help", *switches)}
 
 
-def settings_of(module: ModuleType) -> list[str]:
-    """What `--set` may name: the fields of the settings that the command makes of its flags."""
-    found = [kind for name, kind in vars(module).items() if name.endswith("Settings")]
-    return [field.name for kind in found if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]
+def values_of(flags: Any, field: Any) -> tuple[str, ...] | None:
+    """What the command offers itself, else its choices; nothing for a number, else files."""
+    if offers := field.metadata.get(OFFERS):
+        return tuple(offers(flags))
+    return choices_of(field.type) or (() if number_of(field.type) else FILES)

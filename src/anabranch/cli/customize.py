@@ -3,20 +3,19 @@
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
 from anabranch.jobs.settings import CustomizeFlags, CustomizeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, CustomizeFlags):
+class Flags(FileAndSet[CustomizeSettings], CustomizeFlags):
     """Pick the route that serves a task and write it as a plain ViT folder that transformers opens."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "customize")
-    settings = settle(CustomizeSettings, flags, argv)
-    from anabranch.jobs.customize import customize
+    settings = read(Flags, argv, "customize")
+    from anabranch.jobs.transfer.customize import customize
 
     customize(settings)
     return DONE

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 import tyro
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.flags import parse
+from anabranch.cli.options import FileAndSet, settle
 from anabranch.errors import DONE, UsageError, did_you_mean
-from anabranch.jobs.icd_settings import IcdFlags, IcdSettings
+from anabranch.jobs.erase.icd_settings import IcdFlags, IcdSettings
 
 TOPICS = ("icd",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, IcdFlags):
+class Flags(FileAndSet[IcdSettings], IcdFlags):
     """Put a QR code, watermark, text or small patch on a share of the images, with boxes and clean twins."""
 
     topic: tyro.conf.Positional[str] = "icd"
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     if flags.topic not in TOPICS:
         raise UsageError(f"there is no data {flags.topic!r} to make", hint=did_you_mean(flags.topic, TOPICS))
     settings = settle(IcdSettings, flags, argv)
-    from anabranch.jobs.icd import make_icd
+    from anabranch.jobs.erase.icd import make_icd
 
     make_icd(settings)
     return DONE

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import tyro
 
-from anabranch.cli.options import given_flags, parse
+from anabranch.cli.flags import parse, written
 from anabranch.errors import DONE, UsageError, did_you_mean
 from anabranch.jobs.settings import DEMOS, DemoFlags
 
@@ -32,7 +32,7 @@ class Flags(DemoFlags):
 
 def main(argv: list[str]) -> int:
     flags = DemoFlags(**vars(parse(Flags, argv, "demo")))
-    given = given_flags(argv)
+    given = [name for name, _ in written(argv)]
     if flags.topic not in TOPICS:
         raise UsageError(f"there is no demo {flags.topic!r}", hint=did_you_mean(flags.topic, TOPICS))
     if flags.topic == ALL:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     if flags.topic in RECIPES:
         one_seed(flags, given)
     else:
-        from anabranch.jobs.demo import demo
+        from anabranch.jobs.transfer.demo import demo
 
         demo(flags)
     return DONE
@@ -79,6 +79,6 @@ def one_seed(flags: DemoFlags, given: list[str]) -> None:
         raise UsageError(
             "--steps would change nothing: demo experts trains nothing", expected="no --steps", received=steps
         )
-    job = import_module(f"anabranch.jobs.{flags.topic}_demo")
+    job = import_module(f"anabranch.jobs.{flags.topic}.demo")
     arguments = (flags,) if flags.topic == "experts" else (flags, steps)
     getattr(job, f"{flags.topic}_demo")(*arguments)

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`anabranch erase bake`: see anabranch.jobs.erase_bake."""
+"""`anabranch erase bake`: see anabranch.jobs.erase.bake."""
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.erase_settings import BakeFlags, BakeSettings
+from anabranch.jobs.erase.settings import BakeFlags, BakeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, BakeFlags):
+class Flags(FileAndSet[BakeSettings], BakeFlags):
     """Put the negative prompt into a LoRA, for models and tools that take none."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "erase bake")
-    settings = settle(BakeSettings, flags, argv)
-    from anabranch.jobs.erase_bake import erase_bake
+    settings = read(Flags, argv, "erase bake")
+    from anabranch.jobs.erase.bake import erase_bake
 
     erase_bake(settings)
     return DONE

@@ -3,20 +3,19 @@
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.scan_settings import ScanFlags, ScanSettings
+from anabranch.jobs.erase.scan_settings import ScanFlags, ScanSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, ScanFlags):
+class Flags(FileAndSet[ScanSettings], ScanFlags):
     """Look through a folder of images with a detector. Writes labels that `anabranch erase train` learns from."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "erase scan")
-    settings = settle(ScanSettings, flags, argv)
-    from anabranch.jobs.scan import scan
+    settings = read(Flags, argv, "erase scan")
+    from anabranch.jobs.erase.scan import scan
 
     scan(settings)
     return DONE

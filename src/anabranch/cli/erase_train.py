@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`anabranch erase train`: see anabranch.jobs.erase_train."""
+"""`anabranch erase train`: see anabranch.jobs.erase.train."""
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.erase_settings import TrainFlags, TrainSettings
+from anabranch.jobs.erase.settings import TrainFlags, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, TrainFlags):
+class Flags(FileAndSet[TrainSettings], TrainFlags):
     """Learn what the concept is called and where it is, so that its absence can be asked for. Writes an adapter."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "erase train")
-    settings = settle(TrainSettings, flags, argv)
-    from anabranch.jobs.erase_train import erase_train
+    settings = read(Flags, argv, "erase train")
+    from anabranch.jobs.erase.train import erase_train
 
     erase_train(settings)
     return DONE

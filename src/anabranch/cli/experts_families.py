@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`anabranch experts families`: see anabranch.jobs.experts_families."""
+"""`anabranch experts families`: see anabranch.jobs.experts.families."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from anabranch.cli.options import parse
+from anabranch.cli.flags import parse
 from anabranch.errors import DONE
 
 
@@ -18,7 +18,7 @@ class Flags:
 
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, "experts families")
-    from anabranch.jobs.experts_families import experts_families
+    from anabranch.jobs.experts.families import experts_families
 
     experts_families(flags.model)
     return DONE

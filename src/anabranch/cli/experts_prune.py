@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`anabranch experts prune`: see anabranch.jobs.experts_prune."""
+"""`anabranch experts prune`: see anabranch.jobs.experts.prune."""
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.experts_settings import PruneFlags, PruneSettings
+from anabranch.jobs.experts.settings import PruneFlags, PruneSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, PruneFlags):
+class Flags(FileAndSet[PruneSettings], PruneFlags):
     """Keep the experts that a task needs, in a stock checkpoint; what that costs is told for every label."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "experts prune")
-    settings = settle(PruneSettings, flags, argv)
-    from anabranch.jobs.experts_prune import experts_prune
+    settings = read(Flags, argv, "experts prune")
+    from anabranch.jobs.experts.prune import experts_prune
 
     experts_prune(settings)
     return DONE

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`anabranch experts steer`: see anabranch.jobs.experts_steer."""
+"""`anabranch experts steer`: see anabranch.jobs.experts.steer."""
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.experts_settings import SteerFlags, SteerSettings
+from anabranch.jobs.experts.settings import SteerFlags, SteerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, SteerFlags):
+class Flags(FileAndSet[SteerSettings], SteerFlags):
     """From statistics to a recipe of what is done to the routing."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "experts steer")
-    settings = settle(SteerSettings, flags, argv)
-    from anabranch.jobs.experts_steer import experts_steer
+    settings = read(Flags, argv, "experts steer")
+    from anabranch.jobs.experts.steer import experts_steer
 
     experts_steer(settings)
     return DONE

@@ -1,40 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of one command, read by tyro; it is loaded only once there is something to read."""
+"""How a command line is read: which flags a command has, which are written, which values their types refuse; then tyro,
+which is loaded only once there is something to read."""
 
 import dataclasses
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
-from anabranch.cli.choices import refuse_flags
+from anabranch.cli.choices import refuse
 from anabranch.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Flags = TypeVar("Flags", bound="DataclassInstance")
+OFFERS = "offers"
+"""In a field's metadata: a function of the command's flags that gives the values which completion offers."""
 
 
 def parse(flags: type[Flags], argv: list[str], command: str) -> Flags:
     """The flags of one command; a misspelt one gets a suggestion."""
-    names = flag_names(flags)
-    known = {*names, *(f"--no-{name[2:]}" for name in names), "--help"}
-    for name in given_flags(argv):
+    fields = fields_by_flag(flags)
+    known = [*fields, "--help"]
+    for name, value in written(argv):
         if name not in known:
-            raise UsageError(f"anabranch {command} has no option {name}", hint=did_you_mean(name, names))
-    refuse_flags(flags, argv)
-    if not argv and not any(required(field) for field in dataclasses.fields(flags)):
+            raise UsageError(f"anabranch {command} has no option {name}", hint=did_you_mean(name, known))
+        if name in fields and value is not None:
+            refuse(name, fields[name].type, value)
+    if not argv and not any(map(required, dataclasses.fields(flags))):
         return flags()
     import tyro
 
     return tyro.cli(flags, args=argv, prog=f"anabranch {command}", config=(tyro.conf.FlagCreatePairsOff,))
 
 
-def flag_names(flags: "type[DataclassInstance]") -> list[str]:
-    return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(flags)]
+def written(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(flag, its first value) of `--flag value` and `--flag=value`; None where no value follows."""
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=False):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            given = value if equals else None if following.startswith("--") else following
+            yield name.replace("_", "-"), given
 
 
-def required(field: "dataclasses.Field[object]") -> bool:
+def fields_by_flag(flags: "type[DataclassInstance]") -> "dict[str, dataclasses.Field[Any]]":
+    """By the flag as it is typed; what is given by its place alone has none."""
+    return {spelled(field): field for field in dataclasses.fields(flags) if not positional(field)}
+
+
+def spelled(field: "dataclasses.Field[Any]") -> str:
+    """--name; --no-name of a switch that is on by default."""
+    turns_off = field.type is bool and field.default is True
+    return ("--no-" if turns_off else "--") + field.name.replace("_", "-")
+
+
+def positional(field: "dataclasses.Field[Any]") -> bool:
+    if get_origin(field.type) is not Annotated:  # only who imported tyro can have said so
+        return False
+    import tyro
+
+    return get_args(tyro.conf.Positional[str])[1] in get_args(field.type)[1:]
+
+
+def required(field: "dataclasses.Field[Any]") -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def given_flags(argv: list[str]) -> list[str]:
-    return [argument.split("=")[0].replace("_", "-") for argument in argv if argument.startswith("--")]

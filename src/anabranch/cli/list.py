@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`anabranch list`: every method, from its card, without importing one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from anabranch.cli.flags import parse
+from anabranch.cli.flags import OFFERS, parse
 from anabranch.errors import DONE, UsageError, did_you_mean
 from anabranch.plugins import GROUPS, package_of, plugins
 from anabranch.registry import cards, installed_cards
@@ -13,7 +13,7 @@ from anabranch.registry import cards, installed_cards
 class Flags:
     """Every method, from its card. Name one to read its whole card: anabranch list specialize/moce."""
 
-    method: str | None = None
+    method: str | None = field(default=None, metadata={OFFERS: lambda flags: cards()})
     """A key from the list, such as specialize/moce."""
     plugins: bool = False
     """What installed packages bring: methods, detectors, judges."""

@@ -3,21 +3,20 @@
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
 from anabranch.jobs.settings import MeasureFlags, MeasureSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, MeasureFlags):
+class Flags(FileAndSet[MeasureSettings], MeasureFlags):
     """Does one shared model hurt a task? Trains a model a source and one on all, and probes each on every task."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "measure")
-    settings = settle(MeasureSettings, flags, argv)
-    from anabranch.jobs.measure import measure
+    settings = read(Flags, argv, "measure")
     from anabranch.jobs.stages import say
+    from anabranch.jobs.transfer.measure import measure
 
     result = measure(settings)
     say("\n".join(task["sentence"] for task in result["tasks"]))

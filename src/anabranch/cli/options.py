@@ -7,12 +7,12 @@ Later wins: the file, `--set`, the flag.
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 import tyro
 
 from anabranch.cli.choices import refuse
-from anabranch.cli.flags import given_flags, parse
+from anabranch.cli.flags import OFFERS, fields_by_flag, parse, written
 from anabranch.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -20,20 +20,34 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 MAX_BYTES = 1_000_000
-__all__ = ["FileAndSet", "given_flags", "parse", "read_yaml", "settle", "validate"]
+
+
+def settings_of(flags: type) -> Any:
+    """The record that a command makes of its flags, as its FileAndSet[...] names it."""
+    return get_args(flags.__orig_bases__[0])[0]  # type: ignore[attr-defined]
+
+
+def assignments(flags: type) -> list[str]:
+    return [f"{field.name}=" for field in dataclasses.fields(settings_of(flags))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FileAndSet:
+class FileAndSet(Generic[Settings]):
     """The two ways to every setting that has no flag."""
 
     config: Path | None = None
     """A YAML file of settings, such as the config.resolved.yaml of another run."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = dataclasses.field(default=(), metadata={OFFERS: assignments})
     """name=value for any further setting."""
 
 
-def settle(settings: type[Settings], flags: "FileAndSet", argv: list[str]) -> Settings:
+def read(flags: type[FileAndSet[Settings]], argv: list[str], command: str) -> Settings:
+    """What one command is told, as the record that its job takes."""
+    settings: type[Settings] = settings_of(flags)
+    return settle(settings, parse(flags, argv, command), argv)
+
+
+def settle(settings: type[Settings], flags: FileAndSet[Any], argv: list[str]) -> Settings:
     """The file, then `--set`, then the flags that were written out, as one checked record."""
     given: dict[str, Any] = read_yaml(flags.config) if flags.config else {}
     for assignment in flags.set:
@@ -41,9 +55,9 @@ def settle(settings: type[Settings], flags: "FileAndSet", argv: list[str]) -> Se
         if not equals:
             raise UsageError(f"--set {assignment} sets nothing", expected="--set name=value")
         given[name] = _load(value, f"--set {name}")
-    written = {name.removeprefix("--").removeprefix("no-").replace("-", "_") for name in given_flags(argv)}
-    fields = {field.name for field in dataclasses.fields(flags)} - {"config", "set"}
-    return validate(settings, given | {name: getattr(flags, name) for name in fields & written})
+    fields = fields_by_flag(type(flags))
+    names = {fields[name].name for name, _ in written(argv)} - {"config", "set"}
+    return validate(settings, given | {name: getattr(flags, name) for name in names})
 
 
 def validate(settings: type[Settings], given: dict[str, Any]) -> Settings:

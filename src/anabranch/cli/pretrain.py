@@ -3,20 +3,19 @@
 
 from dataclasses import dataclass
 
-from anabranch.cli.options import FileAndSet, parse, settle
+from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
 from anabranch.jobs.settings import PretrainFlags, PretrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(FileAndSet, PretrainFlags):
+class Flags(FileAndSet[PretrainSettings], PretrainFlags):
     """Learn from folders of images. Writes a run that `anabranch customize` takes models from."""
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, "pretrain")
-    settings = settle(PretrainSettings, flags, argv)
-    from anabranch.jobs.pretrain import pretrain
+    settings = read(Flags, argv, "pretrain")
+    from anabranch.jobs.transfer.pretrain import pretrain
 
     pretrain(settings)
     return DONE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from anabranch.cli.options import parse
+from anabranch.cli.flags import parse
 from anabranch.errors import DONE
 
 

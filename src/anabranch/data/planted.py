@@ -7,7 +7,7 @@ Equation  : x'_li = x_q(l)p(i) where s_i = +1, 255 - x_q(l)p(i) where s_i = -1; 
             well as the original, by reordering and negating its columns; to read all, it needs the columns of all.
 Shapes    : N images, 1 channel, S x S pixels; L = 16 patches of P = 49 pixels, as preset `tiny` cuts 28 x 28 images.
 Check     : decoding gives the domain back, pixel for pixel (tests/data/test_planted.py); one model a code beats the
-            shared model at equal images and steps (tests/jobs/test_planted.py).
+            shared model at equal images and steps (tests/jobs/transfer/test_planted.py).
 """
 
 from dataclasses import dataclass, replace

@@ -12,10 +12,15 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 
 from anabranch.errors import DONE
-from anabranch.jobs import align_demo_page, align_eval_page, demo_page, erase_demo_page, experts_demo_page, pages
+from anabranch.jobs import pages
+from anabranch.jobs.align import demo_page as align_demo_page
+from anabranch.jobs.align import eval_page as align_eval_page
 from anabranch.jobs.demo_all import NUMBERS, PAGE, finished, in_words, read_record
-from anabranch.jobs.erase_demo import PICTURES
+from anabranch.jobs.erase import demo_page as erase_demo_page
+from anabranch.jobs.erase.demo import PICTURES
+from anabranch.jobs.experts import demo_page as experts_demo_page
 from anabranch.jobs.settings import DEMOS
+from anabranch.jobs.transfer import demo_page
 from anabranch.report.page import Figure, Page, Section, write
 from anabranch.train.publish import DISK_ERRORS
 

@@ -239,23 +239,23 @@ def write_page(run: Path) -> Path:
 
         return write_demos_page(run)
     if (run / "experts-demo.json").exists():
-        from anabranch.jobs.experts_demo_page import write_experts_demo_page
+        from anabranch.jobs.experts.demo_page import write_experts_demo_page
 
         return write_experts_demo_page(run)
     if (run / "sdr.json").exists():
-        from anabranch.jobs.sdr_page import write_subnet_page
+        from anabranch.jobs.transfer.sdr_page import write_subnet_page
 
         return write_subnet_page(run)
     if (run / "shown.safetensors").exists():
-        from anabranch.jobs.erase_demo_page import write_erase_demo_page
+        from anabranch.jobs.erase.demo_page import write_erase_demo_page
 
         return write_erase_demo_page(run)
     if (run / "align-demo.json").exists():
-        from anabranch.jobs.align_demo_page import write_align_demo_page
+        from anabranch.jobs.align.demo_page import write_align_demo_page
 
         return write_align_demo_page(run)
     if (run / "eval.json").exists() and (run / "answers.jsonl").exists():
-        from anabranch.jobs.align_eval_page import write_eval_page
+        from anabranch.jobs.align.eval_page import write_eval_page
 
         return write_eval_page(run)
     if (run / "eval.json").exists():
@@ -268,11 +268,11 @@ def write_page(run: Path) -> Path:
     if (run / "models").is_dir() and not (run / "demo.json").exists():
         return write_transfer_page(run)
     if (run / "demo.json").exists():
-        from anabranch.jobs.demo_page import write_demo_page
+        from anabranch.jobs.transfer.demo_page import write_demo_page
 
         return write_demo_page(run)
     if (run / "base").is_dir() or (run / "metrics.jsonl").exists() or (run / "base-training").is_dir():
-        from anabranch.jobs.pretrain_page import write_pretrain_page
+        from anabranch.jobs.transfer.pretrain_page import write_pretrain_page
 
         return write_pretrain_page(run)
     raise UsageError(f"{run} is not a run of anabranch", expected="a folder that measure, pretrain or demo wrote")

@@ -15,9 +15,9 @@ from torch import nn
 from anabranch.data.images import Images, write_quarantine
 from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.errors import CheckFailed
-from anabranch.jobs.corpus import at_most, check_same_images, mixture, open_together
-from anabranch.jobs.learners import family_of, learner, training
 from anabranch.jobs.settings import PretrainSettings
+from anabranch.jobs.transfer.corpus import at_most, check_same_images, mixture, open_together
+from anabranch.jobs.transfer.learners import family_of, learner, training
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.processes import processes
 from anabranch.train.publish import replace_folder, write_json
@@ -192,7 +192,7 @@ def finish(run: Path, settings: PretrainSettings, images: Images, summary: dict[
     summary |= {"method": settings.method, "images": len(images), "quarantine": len(images.quarantine)}
     summary |= pixel_statistics(images)
     write_json(run / "summary.json", summary)
-    from anabranch.jobs.pretrain_page import write_pretrain_page
+    from anabranch.jobs.transfer.pretrain_page import write_pretrain_page
 
     write_pretrain_page(run, images)
 

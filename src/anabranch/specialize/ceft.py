@@ -20,7 +20,8 @@ from torch import Tensor
 
 from anabranch.errors import UsageError
 from anabranch.measure.experts.ranking.batches import Batch
-from anabranch.specialize.expert_tuning import Training, Tuned, by_layer, tune
+from anabranch.specialize.expert_tuning import NOT_KEPT, Kept, Training, Tuned, by_layer, tune
+from anabranch.train.loop import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,16 @@ def select(scores: Tensor, num_experts: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order_LN[:, :num_experts], True)
 
 
-def train(model: Any, scores: Tensor, layers: Sequence[str], batches: Iterable[Batch], config: Config) -> Tuned:
+def train(
+    model: Any, scores: Tensor, layers: Sequence[str], batches: Iterable[Batch] | Stream, config: Config, *,
+    kept: Kept = NOT_KEPT,
+) -> Tuned:  # fmt: skip
     """Trains the chosen experts in place.
 
     scores      (L, N) of a ranking
     layers      names of the L layers, as the statistics have them
+    kept        where checkpoints go, if anywhere
     """
     experts = by_layer(select(scores, config.num_experts), layers)
-    return tune(model, experts, batches, config, facts={"method": "specialize/ceft", "config": asdict(config)})
+    facts = {"method": "specialize/ceft", "config": asdict(config)}
+    return tune(model, experts, batches, config, facts=facts, kept=kept)

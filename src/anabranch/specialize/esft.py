@@ -20,7 +20,8 @@ from torch import Tensor
 from anabranch.errors import UsageError
 from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.measure.experts.ranking.cumulative import relevant
-from anabranch.specialize.expert_tuning import Training, Tuned, by_layer, tune
+from anabranch.specialize.expert_tuning import NOT_KEPT, Kept, Training, Tuned, by_layer, tune
+from anabranch.train.loop import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,16 @@ def select(scores: Tensor, p: float) -> Tensor:
     return relevant(relevance(scores), p)
 
 
-def train(model: Any, scores: Tensor, layers: Sequence[str], batches: Iterable[Batch], config: Config) -> Tuned:
+def train(
+    model: Any, scores: Tensor, layers: Sequence[str], batches: Iterable[Batch] | Stream, config: Config, *,
+    kept: Kept = NOT_KEPT,
+) -> Tuned:  # fmt: skip
     """Trains the chosen experts in place.
 
     scores      (L, N), of the task, on the model as it is
     layers      names of the L layers, as the statistics have them
+    kept        where checkpoints go, if anywhere
     """
     experts = by_layer(select(scores, config.p), layers)
     facts = {"method": "specialize/esft", "config": asdict(config)}
-    return tune(model, experts, batches, config, shared=config.shared, facts=facts)
+    return tune(model, experts, batches, config, shared=config.shared, facts=facts, kept=kept)

@@ -26,12 +26,25 @@ from torch import Tensor, nn
 from anabranch.errors import UsageError
 from anabranch.mixture.experts import Bank
 
-__all__ = ["Shards", "local"]
+__all__ = ["Shards", "first_row", "local", "whole"]
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, without asking the others."""
     return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of one that is sharded all processes ask together."""
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Which row of the whole tensor is the first that this process holds."""
+    if not hasattr(tensor, "to_local"):
+        return 0
+    mesh = cast(Any, tensor).device_mesh
+    return min(-(-len(tensor) // int(mesh.size())) * int(mesh.get_local_rank()), len(tensor))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anabranch.errors import CheckFailed, did_you_mean
 
@@ -31,13 +31,13 @@ class TouchReport:
 
 def digest(module: nn.Module) -> dict[str, str]:
     """sha-256 of each parameter and saved buffer, over its type, shape and bits."""
-    return {
-        name: hashlib.sha256(
-            f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-            + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-        for name, tensor in module.state_dict().items()
-    }
+    return {name: digest_of(tensor) for name, tensor in module.state_dict().items()}
+
+
+def digest_of(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    told = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.sha256(told + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def touch_report(

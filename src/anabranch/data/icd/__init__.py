@@ -4,7 +4,7 @@
 Paper     : arXiv 2310.05873 has the sets QR, watermark and text. Sizes, places and opacities are ours; each kind's
             file says which. The kind patch is for small images.
 Random    : all draws for an image come from the one generator that it is given.
-Check     : outside the boxes nothing changes, boxes are tight, QR codes scan (tests/data/test_icd.py).
+Check     : outside the boxes nothing changes, boxes are tight, QR codes scan (tests/jobs/erase/test_icd.py).
 """
 
 from typing import NamedTuple

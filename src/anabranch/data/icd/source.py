@@ -4,7 +4,7 @@
 Listed    : as `folders.list_folder` does; of a folder with train/ and test/, or shipped images with a test part, the
             training part only, as for every source.
 Decoded   : as `decode` does, but neither cut nor resized: upright, 8 bit, grey where saved as grey, else RGB, on white.
-Check     : tests/data/test_icd.py
+Check     : tests/jobs/erase/test_icd.py
 """
 
 from collections import Counter

@@ -12,7 +12,7 @@ Differs   : L_kd, its weight and its schedule are ours; weight 1 cost 5 points (
             of the steps, instead of a coin toss. Every path has heads of its own (sdr/heads).
             BYOL's target is a copy of the super-net that starts anew with each phase and moves on a step's paths alone.
 Check     : the teacher gets no gradient and is not asked at beta = 0 (tests/specialize/sdr/test_objective.py);
-            two processes equal one (tests/jobs/test_sdr.py).
+            two processes equal one (tests/jobs/transfer/test_sdr.py).
 Exempt    : off (nothing is added that could be switched off)
 """
 

@@ -9,7 +9,7 @@ Shapes    : N images, latents (N, c, h, w); 1 + T new words; T bins of a grid ov
 Differs   : what is not known of the paper is a setting: grid 8 x 8, alpha 2, LoRA of rank 8 in place of the whole
             denoiser, new words at ten times its rate, the caption alone dropped in a tenth of the rows.
 Check     : in model removal only the new rows change (tests/suppress/geom_erasing/test_erase.py); true places beat
-            the name alone and shuffled places on real images (slow: tests/jobs/test_garment_arms.py).
+            the name alone and shuffled places on real images (slow: tests/jobs/erase/test_garment_arms.py).
 Exempt    : off (an adapter is there or not: geom_erasing/adapter)
 """
 
