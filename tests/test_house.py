@@ -12,7 +12,7 @@ import anabranch
 from anabranch import registry
 
 ROOT = Path(anabranch.__file__).parent
-SMALL = {"errors", "plugins"}
+SMALL = {"errors", "plugins", "swap"}
 VERBS = set(registry.VERBS)
 MAY_IMPORT = {
     "mixture": SMALL,

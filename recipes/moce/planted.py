@@ -8,11 +8,11 @@ from pathlib import Path
 
 from recipe import replace_section
 
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.arms import ArmSettings
 from anabranch.jobs.transfer.contest import contest
 from anabranch.jobs.transfer.effects import Results, difference, level, verdict
 from anabranch.jobs.transfer.recipe_table import table
+from anabranch.jobs.transfer.settings import MeasureSettings
 
 CODES, STEPS, BATCH_SIZE = 6, 1000, 96
 FIRST_SEED, SEEDS = 120, 5

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anabranch.jobs.settings import DemoFlags, MeasureSettings
+from anabranch.jobs.settings import DemoFlags
 from anabranch.jobs.transfer import demo
 from anabranch.jobs.transfer.arms import ArmSettings
 from anabranch.jobs.transfer.demo import compare
 from anabranch.jobs.transfer.demo_page import write_demo_page
 from anabranch.jobs.transfer.measure import measure
 from anabranch.jobs.transfer.recipe_table import tables
+from anabranch.jobs.transfer.settings import MeasureSettings
 
 FFN = tuple((arm, "ffn") for arm in ("random-init", "continued", "moce", "random-clusters"))
 ENCODER = (("moce", "encoder"), ("random-clusters", "encoder"))

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.measure import measure
 from anabranch.jobs.transfer.sdr_arms import SdrArmSettings
 from anabranch.jobs.transfer.sdr_compare import compare_subnets, tables
 from anabranch.jobs.transfer.sdr_page import dial, write_subnet_page
+from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.report.page import standalone
 
 DOMAINS = ("garments", "animals", "digits", "textures")

@@ -8,7 +8,7 @@ import pytest
 from anabranch import cli
 from anabranch.cli.options import FileAndSet, read_yaml, settle
 from anabranch.errors import UsageError
-from anabranch.jobs.settings import MeasureSettings
+from anabranch.jobs.transfer.settings import MeasureSettings
 
 
 def run(*arguments):

@@ -82,7 +82,7 @@ def test_values_that_can_be_meant_are_let_through():
     from anabranch.cli.flags import parse
     from anabranch.cli.measure import Flags
     from anabranch.cli.options import settle
-    from anabranch.jobs.settings import MeasureSettings
+    from anabranch.jobs.transfer.settings import MeasureSettings
 
     argv = ["--set", "learning_rate=1e-3", "--set", "image_size=null", "--out", "mae", "--steps", "7"]
     settings = settle(MeasureSettings, parse(Flags, argv, "measure"), argv)

@@ -179,6 +179,14 @@ def test_step_experts_come_back_from_where_they_were_saved_again(align, tmp_path
     assert torch.equal(again(ids, steps).logits, expected)
     assert again.facts["rows"] == 12, "what its maker knew of it goes along"
     assert "12 chains" in (tmp_path / "again" / "README.md").read_text()
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    manifest = json.loads((tmp_path / "again" / "mote.json").read_text())
+    manifest["adapters"].append("fourth")
+    (tmp_path / "again" / "mote.json").write_text(json.dumps(manifest))
+    (tmp_path / "again" / "fourth").mkdir()
+    (tmp_path / "again" / "chat_template.jinja").write_text("of another tokenizer")
+    first.save_pretrained(tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names, "nothing of an earlier one is left"
 
 
 def test_step_experts_that_lead_out_of_their_folder_are_refused(align, tmp_path):
@@ -200,6 +208,13 @@ def test_an_eraser_is_copied_without_its_training(erase, tmp_path):
     again = Adapter.from_pretrained(tmp_path / "copy")
     assert again.config == Adapter.from_pretrained(erase / "adapter").config
     assert (tmp_path / "copy" / "README.md").read_text() == (erase / "adapter" / "README.md").read_text()
+    (tmp_path / "copy" / "denoiser").mkdir()  # of an earlier one, that was trained whole
+    Adapter.from_pretrained(erase / "adapter").save_pretrained(tmp_path / "copy")
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == names
+    (tmp_path / "copy" / "checkpoints").mkdir()
+    again.save_pretrained(tmp_path / "copy")
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {*names, "checkpoints"}
+    assert Adapter.from_pretrained(tmp_path / "copy").config == again.config
 
 
 @torch.no_grad()

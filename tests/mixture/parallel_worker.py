@@ -134,6 +134,13 @@ def of_expert(bank, place):
     return {n: p.grad for n, p in bank.tensors(place).items() if p.grad is not None}
 
 
+def owned(layer):
+    try:
+        return layer.bank.num_experts
+    except UsageError:
+        return 0
+
+
 def main(folder):
     rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(folder)
     torch.set_num_threads(1)
@@ -162,5 +169,6 @@ def main(folder):
     except UsageError:
         refused = True
     found["refused"] = torch.tensor(refused)
+    found["owned"] = torch.tensor(owned(ExpertParallel(mixture("modules", 0), [1] * EXPERTS)))
     save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, folder / f"{rank}.safetensors")
     dist.destroy_process_group()

@@ -172,3 +172,12 @@ def test_mixtures_are_found_by_name(small):
     model = nn.ModuleDict({"a": small.layer(), "b": nn.Linear(2, 2), "c": nn.Sequential(small.layer())})
     assert list(mixtures(model)) == ["a", "c.0"]
     assert all(isinstance(layer.slot, Slot) for layer in mixtures(model).values())
+
+
+def test_a_mask_of_another_batch_is_refused(small):
+    layer = small.layer(router=small.token_router()).eval()
+    with (
+        route(layer, Context(mask=torch.ones(2, 4, dtype=torch.bool))),
+        pytest.raises(UsageError, match=r"(?s)the mask does not fit the batch.*\(2, 3\).*\(2, 4\)"),
+    ):
+        layer(torch.randn(2, 3, small.width))

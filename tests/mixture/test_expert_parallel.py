@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
 
+from anabranch.errors import UsageError
+from anabranch.mixture import LinearScore, Mixture, ModuleBank, Router
+from anabranch.mixture.expert_parallel import ExpertParallel, average_gradients
 from tests.many import load, run_many
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -73,3 +78,47 @@ def test_the_whole_layer_comes_back_to_every_process(processes, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_an_owner_that_is_not_there_is_refused(processes, world):
     assert all(bool(found["refused"]) for found in processes[world])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_process_without_experts_has_no_bank(processes, world):
+    assert [int(found["owned"]) for found in processes[world]] == [
+        worker.EXPERTS * (rank == 1) for rank in range(world)
+    ]
+
+
+# what is the same in a group of one process
+
+
+@pytest.fixture
+def alone_in_a_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def narrowing():
+    """Experts that give back fewer numbers than they get."""
+    score = LinearScore(6, 2, generator=torch.Generator().manual_seed(0))
+    return Mixture(Router(score), ModuleBank([nn.Linear(6, 3), nn.Linear(6, 3)]))
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_experts_that_change_the_shape_of_rows_are_refused():
+    layer = ExpertParallel(narrowing(), [0, 0])
+    with pytest.raises(UsageError, match="change the shape of their rows"):
+        layer(torch.randn(2, 3, 6))
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_only_what_has_a_gradient_somewhere_gets_the_mean_one():
+    model = ExpertParallel(worker.mixture("blocks", 0), [0] * worker.EXPERTS)
+    own, gate = next(model.experts.parameters()), model.router.score.gate.weight
+    own.grad, gate.grad = torch.ones_like(own), torch.ones_like(gate)
+    average_gradients(model)
+    assert torch.equal(gate.grad, torch.ones_like(gate))
+    assert all(parameter.grad is None for parameter in model.universal.parameters())
+    for parameter in (*model.router.parameters(), *model.universal.parameters()):
+        parameter.requires_grad_(False)
+    average_gradients(model)  # experts alone learn: nothing is in common
+    assert torch.equal(own.grad, torch.ones_like(own))

@@ -166,3 +166,29 @@ def test_other_modules_are_refused_with_the_bank_that_takes_them(small):
         ModuleBank([])
     with pytest.raises(UsageError, match="nothing but hidden states"):
         small.bank().stacked().run(0, torch.ones(1, 6), head_mask=1)
+
+
+def test_experts_of_different_widths_are_each_what_they_are_alone(small):
+    """They cannot be neighbours in memory; a bank that packed them all the same would mix their weights up."""
+    wide = small.feed_forward(1)
+    wide.fc1, wide.fc2 = nn.Linear(small.width, 24), nn.Linear(24, small.width)
+    experts = [small.feed_forward(0), wide]
+    bank, x = ExpertBank(copy.deepcopy(experts)), torch.randn(7, small.width)
+    expected = torch.cat([experts[1](x[:3]), experts[0](x[3:])])
+    torch.testing.assert_close(bank.run_sorted(x, [1, 0], [3, 4]), expected)
+    torch.testing.assert_close(
+        bank.double().run_sorted(x.double(), [1, 0], [3, 4]), expected.double(), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_noise_is_relative_and_leaves_single_numbers_alone(small):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.weight = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.randn(500) * 7)
+
+    bank = ModuleBank.from_template(Scaled(), 2, noise=0.1, generator=small.seeded(3))
+    for expert in bank.experts:
+        assert expert.scale.item() == 2.0
+    first, second = (expert.weight.detach() for expert in bank.experts)
+    assert float((first - second).std()) == pytest.approx(0.1 * 7 * 2**0.5, rel=0.15)

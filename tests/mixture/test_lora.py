@@ -62,6 +62,8 @@ def logits(model, tokens, ids):
 
 TOKENS = torch.randint(40, (3, 12), generator=torch.Generator().manual_seed(2))
 IDS = torch.randint(-2, 3, (3, 12), generator=torch.Generator().manual_seed(3))
+SOLO = IDS.clamp(min=NOBODY)
+"""No token asks for all experts at once, which "gathered" leaves to "segment"."""
 
 
 def slow_layer(layer, x, ids, plan):
@@ -87,21 +89,22 @@ def slow_layer(layer, x, ids, plan):
 @pytest.mark.parametrize("universal", ["shared", None])
 @pytest.mark.parametrize("path", ["dense", "segment", "gathered"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_path_is_the_loop_over_tokens(family, path, universal):
+@pytest.mark.parametrize("ids", [IDS, SOLO], ids=["all", "solo"])
+def test_every_path_is_the_loop_over_tokens(family, path, universal, ids):
     model = adapted(family)
     plan = Plan(experts=EXPERTS, universal=universal, alpha=0.3, path=path)
     names = route_lora(model, plan)
     assert len(names) == {"llama": 14, "gpt2": 8}[family]
     layer = lora_layers(model)[names[-1]]
     x = torch.randn(3, 12, layer.in_features, generator=torch.Generator().manual_seed(4))
-    with route(model, Context(ids={"step": IDS})), torch.no_grad():
-        torch.testing.assert_close(layer(x), slow_layer(layer, x, IDS, plan), atol=1e-5, rtol=1e-5)
+    with route(model, Context(ids={"step": ids})), torch.no_grad():
+        torch.testing.assert_close(layer(x), slow_layer(layer, x, ids, plan), atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 10_000), st.floats(0, 1))
-def test_paths_agree_in_values_and_gradients(seed, alpha):
-    ids = torch.randint(-2, 3, (3, 12), generator=torch.Generator().manual_seed(seed))
+@given(st.integers(0, 10_000), st.floats(0, 1), st.sampled_from([EVERYBODY, NOBODY, 0]))
+def test_paths_agree_in_values_and_gradients(seed, alpha, lowest):
+    ids = torch.randint(lowest, 3, (3, 12), generator=torch.Generator().manual_seed(seed))
     found = []
     for path in ("dense", "segment", "gathered"):
         model = adapted()
@@ -175,6 +178,41 @@ def test_what_is_kept_between_passes_is_made_anew_after_a_step():
                 parameter.mul_(2)
         assert not torch.allclose(logits(model, TOKENS, IDS), before)
     assert torch.allclose(logits(copy.deepcopy(model), TOKENS, IDS), logits(model, TOKENS, IDS))
+
+
+def test_what_one_context_keeps_is_used_in_all_its_passes_and_not_where_something_learns():
+    """A generation is one context: A and B are stacked once, and with gradients in every pass."""
+    model = adapted()
+    route_lora(model, Plan(experts=EXPERTS, universal="shared"))
+    parts = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with route(model, Context(ids={"step": IDS})):
+        with torch.no_grad():
+            before = model(TOKENS).logits
+            for part in parts:
+                part.mul_(2)
+            assert torch.equal(model(TOKENS).logits, before)
+        learned = model(TOKENS).logits
+    assert torch.allclose(learned, logits(model, TOKENS, IDS), atol=1e-6)
+    assert not torch.allclose(learned, before)
+
+
+@pytest.mark.parametrize("path", ["dense", "segment", "gathered"])
+@pytest.mark.parametrize("strange", [3, -3])
+def test_an_id_that_no_expert_has_is_refused_on_every_path(path, strange):
+    model = adapted()
+    route_lora(model, Plan(experts=EXPERTS, universal="shared", path=path))
+    ids = IDS.clone()
+    ids[1, 4] = strange
+    with pytest.raises(UsageError, match=rf"(?s)no expert for a step id.*received: {strange}"):
+        logits(model, TOKENS, ids)
+
+
+def test_rows_without_a_sequence_are_refused():
+    model = adapted()
+    route_lora(model, Plan(experts=EXPERTS, universal="shared"))
+    layer = next(iter(lora_layers(model).values()))
+    with route(model, Context(ids={"step": IDS})), pytest.raises(UsageError, match=r"in \(B, N, I\)"):
+        layer(torch.randn(36, layer.in_features))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -83,6 +83,54 @@ def test_fresh_experts_leave_the_model_as_it_is():
     assert torch.equal(model(TOKENS).logits, before)
 
 
+def test_a_disabled_adapter_is_the_base_and_a_merged_one_is_refused():
+    model = adapted()
+    with model.disable_adapter():
+        plain = model(TOKENS).logits
+    learn_routes(model, NAMES, None, by_token)
+    with model.disable_adapter():
+        assert torch.equal(model(TOKENS).logits, plain)
+    model.merge_adapter(["shared"])
+    with pytest.raises(UsageError, match="merged into the weights"):
+        model(TOKENS)
+
+
+def test_the_balance_is_of_the_last_forward_and_asked_for_once():
+    model = adapted()
+    learn_routes(model, NAMES, None, by_token)
+    with pytest.raises(UsageError, match="nothing was routed yet"):
+        balance_of(model)
+    model(TOKENS[:1])
+    balance_of(model)
+    model(TOKENS)
+    second = balance_of(model)
+    model(TOKENS)
+    assert torch.equal(balance_of(model), second)
+    with pytest.raises(UsageError, match="nothing was routed yet"):
+        balance_of(model)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_block_that_is_run_again_is_routed_again_and_counted_once(reentrant):
+    found = []
+    for checkpointed in (False, True):
+        model = adapted()
+        learn_routes(model, NAMES, None, by_token)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora" in name or "gate" in name)
+        model.train()
+        if checkpointed:
+            inner = model.get_base_model()
+            newer = getattr(inner, "activation_checkpointing_enable", None)
+            (newer or inner.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(TOKENS).logits.square().mean().backward()
+        found.append(({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, balance_of(model)))
+    (plain, balance), (again, balance_again) = found
+    torch.testing.assert_close({name: again[name] for name in plain}, plain)
+    assert torch.equal(balance.detach(), balance_again.detach())
+
+
 def test_what_cannot_be_routed_is_refused():
     with pytest.raises(UsageError, match="has no adapter 'other'"):
         learn_routes(adapted(), ("other",), None, by_token)

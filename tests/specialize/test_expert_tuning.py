@@ -2,13 +2,16 @@
 """The loss of next tokens and the training that methods of choosing experts share."""
 
 import itertools
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from anabranch.errors import AnabranchError, UsageError
+from anabranch.errors import AnabranchError, CheckFailed, Stopped, UsageError
 from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.models.mixtures.families import tiny
 from anabranch.specialize.chosen_experts import ChosenExperts
@@ -17,12 +20,18 @@ from anabranch.specialize.expert_tuning import (
     NextTokens,
     Training,
     by_layer,
+    digest_by_slice,
     loop_config,
     next_token_loss,
     rows_of,
+    touched,
     tune,
 )
+from anabranch.train.checkpoint import load_checkpoint
 from anabranch.train.optimizer import build_optimizer
+from tests.many import load, read_all, run_many
+
+WORKER = Path(__file__).with_name("tuning_worker.py")
 
 
 def batch_of(ids, mask=None, answers=None):
@@ -95,3 +104,94 @@ def test_wrong_uses_say_what_was_expected():
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(AnabranchError, match="step 1: the loss or its gradient is not finite"):
         tune(model, {"model.layers.1.mlp": [3]}, [batch_of(torch.arange(3, 11)[None])], Training())
+
+
+# on the common loop
+
+
+class UntilStopped:
+    """A stream in whose fourth batch somebody asks the process to end."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def batch(self, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return rows_of(self.batches[step])
+
+
+def test_a_stopped_training_goes_on_bit_for_bit_and_keeps_the_chosen_alone(tmp_path):
+    worker = load(WORKER)
+    batches, config = worker.batches(6), Training(steps=6, learning_rate=1e-2)
+    whole, model = tiny("GptOss"), tiny("GptOss")
+    losses = tune(whole, worker.EXPERTS, batches, config).losses
+    with pytest.raises(Stopped, match="after step 4 of 6; its checkpoint is complete"):
+        tune(tiny("GptOss"), worker.EXPERTS, UntilStopped(batches), config, kept=Kept(folder=tmp_path))
+    held = load_checkpoint(tmp_path).checkpoint
+    per_expert = sum(value[0].numel() for name, value in model.named_parameters() if ".layers.0.mlp.experts." in name)
+    assert sum(value.numel() for value in held.model.values()) == 4 * per_expert
+    moments = [value for name, value in held.optimizer.items() if not name.startswith("step/")]
+    assert sum(value.numel() for value in moments) == 2 * 4 * per_expert
+    again = tune(model, worker.EXPERTS, batches, config, kept=Kept(folder=tmp_path, resume=True))
+    assert again.losses == losses[4:]
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_rows_that_fill_a_shorter_batch_up_count_in_nothing():
+    ids = torch.randint(3, 97, (3, 8), generator=torch.Generator().manual_seed(0))
+    short, long = batch_of(ids[:2]), batch_of(ids)
+    found = [tiny("Mixtral"), tiny("Mixtral")]
+    one = tune(found[0], {"model.layers.1.mlp": [3]}, [short, long], Training(steps=1))
+    other = tune(found[1], {"model.layers.1.mlp": [3]}, [short], Training(steps=1))
+    both = tune(tiny("Mixtral"), {"model.layers.1.mlp": [3]}, [short, long], Training(steps=2))
+    assert one.losses == other.losses
+    assert both.losses[0] == pytest.approx(one.losses[0], abs=1e-6)
+
+
+def test_a_slice_that_is_as_before_and_one_that_is_not_are_told_by_name():
+    model = tiny("Mixtral")
+    before = digest_by_slice(model)
+    experts = {"model.layers.1.mlp": [1, 3]}
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3] += 1
+    with pytest.raises(CheckFailed, match=r"model.layers.1.mlp.experts.\*.1' was to change"):
+        touched(before, digest_by_slice(model), experts)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[1] += 1
+    report = touched(before, digest_by_slice(model), experts)
+    assert report.changed == ("model.layers.1.mlp.experts.down_proj.1", "model.layers.1.mlp.experts.down_proj.3")
+    with torch.no_grad():
+        model.model.layers[2].mlp.experts.gate_up_proj[0, 0, 0] += 1
+    with pytest.raises(CheckFailed, match=r"received: model.layers.2.mlp.experts.gate_up_proj.0"):
+        touched(before, digest_by_slice(model), experts)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_learn_what_one_does_with_copies_and_with_parts(world, tmp_path):
+    """Of three processes the parts are uneven: eight experts are three, three and two."""
+    worker = load(WORKER)
+    codes, said = run_many(world, WORKER, tmp_path)
+    assert codes == [0] * world, said
+    ranks = read_all(tmp_path, "losses", world)
+    assert all(losses == ranks[0] for losses in ranks)
+    for family, dtype in worker.CASES.items():
+        model, losses = worker.tuned(family)
+        copies, parts = (load_file(tmp_path / f"{family}.{sharding}") for sharding in ("none", "full"))
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(copies[key], parts[key], atol=2e-5, rtol=0, msg=f"{family} {key}")
+            if dtype == torch.float32:  # what half precision rounds differs with the number of rows
+                torch.testing.assert_close(copies[key], value, atol=2e-5, rtol=0, msg=f"{family} {key}")
+        for sharding in ("none", "full"):
+            expected = pytest.approx(losses, abs=1e-5 if dtype == torch.float32 else 1e-2)
+            assert ranks[0][f"{family}.{sharding}"] == expected
+    frozen_stay(tiny("Qwen2-MoE"), load_file(tmp_path / "Qwen2-MoE.full"), worker.EXPERTS)
+    frozen_stay(tiny("GptOss").to(torch.bfloat16), load_file(tmp_path / "GptOss.none"), worker.EXPERTS)
+
+
+def frozen_stay(base, found, experts):
+    """Bit for bit, under weight decay; every chosen expert moved."""
+    before = digest_by_slice(base)
+    base.load_state_dict(found)
+    after = {name: before[name] if ".shared_expert." in name else now for name, now in digest_by_slice(base).items()}
+    assert touched(before, after, experts).changed

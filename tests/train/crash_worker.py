@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from anabranch.errors import AnabranchError
+from anabranch.swap import DISK_ERRORS, clean_leftovers
 from anabranch.train import checkpoint as checkpoint_module
 from anabranch.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from anabranch.train.publish import DISK_ERRORS, clean_leftovers, publish_folder, verify_folder
+from anabranch.train.publish import publish_folder, verify_folder
 from anabranch.train.run_folder import RunFolder
 
 DIED = 77

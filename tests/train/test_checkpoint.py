@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import random
 import shutil
 
@@ -8,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from anabranch.errors import AnabranchError
+from anabranch.train import publish
 from anabranch.train.checkpoint import (
     Checkpoint,
     checkpoint_steps,
@@ -142,6 +144,67 @@ def test_where_none_can_be_loaded_each_reason_is_given(tmp_path):
         AnabranchError, match=r"step-000002: manifest.json: missing; step-000001: manifest.json: missing"
     ):
         load_checkpoint(tmp_path)
+
+
+def as_garbage(path):
+    (path / "model.safetensors").write_bytes(b"no tensors")
+
+
+def as_another_format(path):
+    edit(path, format=2)
+
+
+def as_a_list(path):
+    (path / "state.json").write_text("[]")
+
+
+def without_facts(path):
+    edit(path, extra=None, world_size="two")
+
+
+def without_state(path):
+    (path / "state.json").unlink()
+
+
+def without_moments(path):
+    (path / "optimizer.safetensors").unlink()
+
+
+def with_shards_that_lack_a_tensor(path):
+    """One that state.json names; the file holds the others."""
+    (path / "optimizer.safetensors").unlink()
+    (path / "model.safetensors").rename(path / "shard-00001-model-00001-of-00001.safetensors")
+    names = ["count", "flag", "weight"]
+    edit(path, sharded={"model": names, "optimizer": ["exp_avg/weight"]})
+
+
+def edit(path, **changes):
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (as_garbage, "header"),
+        (as_another_format, "format 1 expected"),
+        (as_a_list, "format 1 expected"),
+        (without_facts, "no usable world_size, extra"),
+        (without_state, "state.json: not in the manifest"),
+        (without_moments, "optimizer.safetensors: not in the manifest"),
+        (with_shards_that_lack_a_tensor, "exp_avg/weight: in none of the shards"),
+    ],
+)
+def test_a_checkpoint_that_is_as_written_and_cannot_be_used_is_walked_past(tmp_path, change, says):
+    """Its manifest agrees, as where another version wrote it, or a program that was wrong."""
+    save_checkpoint(tmp_path, snapshot(1))
+    newest = save_checkpoint(tmp_path, snapshot(2))
+    change(newest)
+    publish._seal(newest, {})
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.checkpoint.step == 1
+    assert [skipped.path for skipped in loaded.skipped] == [newest]
+    assert says in loaded.skipped[0].reason
 
 
 @pytest.mark.row("R9")

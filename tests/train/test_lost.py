@@ -33,7 +33,7 @@ def lost_and_resumed(world, cases, folder, **environment):
 
 def check(codes, said, number, case, world, folder):
     sharding, _, when = case
-    victim = 0 if (sharding, when) == ("none", "save") else world - 1
+    victim = 0 if sharding == "none" and when.startswith("save") else world - 1
     assert codes[2 * number][victim] == -9, said
     survivors = [code for rank, code in enumerate(codes[2 * number]) if rank != victim]
     assert survivors == [1] * (world - 1), said  # an error of their own, not the limit of this test
@@ -68,6 +68,27 @@ def test_of_four_processes_three_end_wherever_it_happens(tmp_path, counted):
         check(codes, said, number, case, 4, tmp_path)
     assert said.count("another process of this run was lost") == 3 * len(cases)
     counted(len(cases))
+
+
+@pytest.mark.slow
+@pytest.mark.row("R11", cheap=True)
+def test_wherever_one_of_two_is_killed(tmp_path, counted):
+    """In each step and in each save, with copies of the model and with parts of it."""
+    moments = [f"step-{step}" for step in range(1, 13)] + [f"save-{save}" for save in (1, 2, 3)]
+    cases = [(sharding, "killed", when) for sharding in ("none", "full") for when in moments]
+    codes, said = lost_and_resumed(2, cases, tmp_path, **{TIMEOUT: "4"})
+    for number, case in enumerate(cases):
+        check(codes, said, number, case, 2, tmp_path)
+    counted(len(cases))
+
+
+@pytest.mark.slow
+@pytest.mark.row("R11", cheap=True)
+def test_without_a_time_limit_the_others_would_wait_for_ever(tmp_path, counted):
+    """The control: one is frozen, and the others wait as long as the library of the processes does."""
+    codes, said = run_rounds(2, WORKER, [[tmp_path / "run", *STOPPED]], seconds=20, **{TIMEOUT: "1800"})
+    assert checkpoint_steps(tmp_path / "run") == [5], said  # it came so far
+    counted(0, control=(codes[0].count(-9) - 1, "of 1 waits until it is killed where there is no time limit"))
 
 
 @pytest.mark.parametrize(

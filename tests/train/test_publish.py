@@ -6,7 +6,8 @@ import os
 import pytest
 
 from anabranch.errors import AnabranchError, UsageError
-from anabranch.train.publish import clean_leftovers, is_safe_name, publish_folder, read_json, verify_folder
+from anabranch.swap import clean_leftovers
+from anabranch.train.publish import is_safe_name, publish_folder, read_json, verify_folder
 
 UNSAFE_NAMES = [
     "",

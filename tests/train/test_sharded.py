@@ -125,6 +125,7 @@ def test_what_a_process_holds_by_hand(runs, make_tiny, world):
 # other numbers of processes
 
 
+@pytest.mark.row("R12")
 @pytest.mark.parametrize(("world", "name"), [(2, "1-in-2"), (4, "1-in-4"), (4, "2-in-4")])
 def test_more_processes_resume_what_fewer_began(runs, whole, world, name):
     for rank, found in enumerate(runs[1][world]):
@@ -133,6 +134,7 @@ def test_more_processes_resume_what_fewer_began(runs, whole, world, name):
     assert_close(load_checkpoint(runs[0] / name).checkpoint.model, whole[1])
 
 
+@pytest.mark.row("R12")
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_one_process_resumes_what_several_began(runs, whole, make_tiny, tmp_path, world, sharding):
@@ -144,12 +146,31 @@ def test_one_process_resumes_what_several_began(runs, whole, make_tiny, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.row("R12", cheap=True)
 def test_two_processes_resume_what_four_began(runs, whole, tmp_path):
     shutil.copytree(runs[0] / "from-4", tmp_path / "4-in-2")
     codes, said = run_many(2, WORKER, "life", tmp_path, "4-in-2")
     assert codes == [0, 0], said
     for rank in read_all(tmp_path, "life", 2):
         assert rank["resumed"]["4-in-2"]["losses"] == pytest.approx(whole[0][6:], abs=1e-5)
+
+
+@pytest.mark.row("R12")
+def test_a_part_of_another_step_or_a_missing_one_would_show(runs, whole, make_tiny, tmp_path, counted):
+    """The control: the manifest is written anew, as where nothing compares what is there with what was saved."""
+    seen = 0
+    for name in ("missing", "earlier"):
+        run = tmp_path / name
+        shutil.copytree(runs[0] / "from-2", run)
+        earlier, newest = sorted((run / "checkpoints").glob("step-*"))
+        part = sorted(newest.glob("shard-*"))[-1]
+        part.unlink()
+        if name == "earlier":
+            shutil.copy(earlier / part.name, part)
+        publish._seal(newest, {})
+        losses, lines, _ = resume(run, make_tiny)
+        seen += lines[0].startswith("skipped step-000006") or losses != pytest.approx(whole[0][6:], abs=1e-5)
+    counted(0, control=(seen, "of 2 that go on without a part, or with one of another step, are refused or differ"))
 
 
 # rot

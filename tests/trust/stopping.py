@@ -19,8 +19,8 @@ from anabranch.jobs.align.settings import ChainSettings, GenerateSettings
 from anabranch.jobs.experts import profile as profile_job
 from anabranch.jobs.experts.settings import ProfileSettings
 from anabranch.jobs.experts.text_mixture import save_mixture, untrained_mixture
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer import measure as measure_job
+from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.train.checkpoint import load_checkpoint
 from anabranch.train.loop import TrainConfig, train
@@ -33,8 +33,10 @@ PROMPTS = {
     "check": "{question} w9 {answer}", "yes": "w1", "no": "w2",
 }  # fmt: skip
 BUDGET = {"analysis": 3, "guidance": 3, "answer": 4}
-MIXTURE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
-           "moe_intermediate_size": 16, "intermediate_size": 16}  # fmt: skip
+MIXTURE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+    "moe_intermediate_size": 16, "intermediate_size": 16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,12 @@ def sampling(root):
     def run(folder, resume):
         generate_job.align_generate(
             GenerateSettings(
-                **given, batch_size=1, budget={"answer": 5}, temperature=0.9, out=folder / "answers.jsonl", resume=resume
+                **given,
+                batch_size=1,
+                budget={"answer": 5},
+                temperature=0.9,
+                out=folder / "answers.jsonl",
+                resume=resume,
             )
         )
 

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.trust.stopping import Ended, Moments, counting, without_protection
 
 LOOPS = ("training", "evaluating", "profiling", "chains", "sampling")
 DEAR = "evaluating"
-"""A model is trained and probed for each unit: three moments where the others have twenty."""
+"""A model is trained and probed for each unit: with the slow ones alone."""
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_three_moments(make, name, tmp_path, monkeypatch, counted):
 @pytest.mark.row("R6", cheap=True)
 @pytest.mark.parametrize("name", LOOPS)
 def test_twenty_moments(make, name, tmp_path, monkeypatch, counted):
-    moments, ends, harmed = try_moments(make(name), 3 if name == DEAR else 20, tmp_path, monkeypatch)
+    moments, ends, harmed = try_moments(make(name), 20, tmp_path, monkeypatch)
     assert harmed == []
     assert ends.count("Stopped") >= 0.8 * len(ends), ends
     counted(len(moments), len(harmed))
@@ -103,24 +104,25 @@ def test_where_nobody_handles_the_signal_finished_work_is_lost(make, tmp_path, m
 @pytest.mark.slow
 @pytest.mark.row("R6", cheap=True)
 def test_processes_that_get_the_signal_end_with_75_and_go_on(tmp_path, counted):
-    """The same command with --resume gives what the undisturbed one gave; the whole of it as a person types it."""
-    stopping.speaking_model(tmp_path / "given", 60)
+    """The same command with --resume gives what the undisturbed one gave, as a person types it."""
+    stopping.speaking_model(tmp_path / "given", 120)
     given = ["--model", tmp_path / "given" / "model", "--questions", tmp_path / "given" / "questions.jsonl"]
     command = [sys.executable, "-m", "anabranch", "align", "generate", *given, "--batch-size", "1"]
     command += ["--set", "temperature=0.9", "--set", "budget={answer: 40}"]
     subprocess.run([*command, "--out", tmp_path / "whole.jsonl"], check=True, capture_output=True)
-    codes, different = [], []
-    for number in range(4):
+    codes, different, slowest = [], [], 0.0
+    for number in range(2):
         out = tmp_path / f"{number}.jsonl"
         journal = out.with_name(f"{out.name}.run") / "journal.jsonl"
         process = subprocess.Popen([*command, "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (journal.exists() and journal.stat().st_size > 300 * number):
             pass
         process.send_signal((signal.SIGTERM, signal.SIGUSR1)[number % 2])
+        started = time.perf_counter()
         codes.append(process.wait(timeout=60))
-        before = journal.read_bytes().count(b"\n")
-        assert 0 < before < 60
+        slowest = max(slowest, time.perf_counter() - started)
+        assert 0 < journal.read_bytes().count(b"\n") < 120
         subprocess.run([*command, "--out", out, "--resume"], check=True, capture_output=True)
         different += [] if out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() else [number]
-    assert codes == [75] * 4
-    counted(4, len(different))
+    assert codes == [75] * 2
+    counted(2, len(different), note=f"the slower of 2 processes ended {slowest:.1f} s after the signal")

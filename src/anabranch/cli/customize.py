@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.settings import CustomizeFlags, CustomizeSettings
+from anabranch.jobs.transfer.settings import CustomizeFlags, CustomizeSettings
 
 
 @dataclass(frozen=True, kw_only=True)

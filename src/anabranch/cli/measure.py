@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.settings import MeasureFlags, MeasureSettings
+from anabranch.jobs.transfer.settings import MeasureFlags, MeasureSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Flags(FileAndSet[MeasureSettings], MeasureFlags):
 
 def main(argv: list[str]) -> int:
     settings = read(Flags, argv, "measure")
-    from anabranch.jobs.stages import say
+    from anabranch.jobs.progress import say
     from anabranch.jobs.transfer.measure import measure
 
     result = measure(settings)

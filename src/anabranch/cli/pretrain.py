@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from anabranch.cli.options import FileAndSet, read
 from anabranch.errors import DONE
-from anabranch.jobs.settings import PretrainFlags, PretrainSettings
+from anabranch.jobs.transfer.settings import PretrainFlags, PretrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from anabranch.jobs.experts import demo_page as experts_demo_page
 from anabranch.jobs.settings import DEMOS
 from anabranch.jobs.transfer import demo_page
 from anabranch.report.page import Figure, Page, Section, write
-from anabranch.train.publish import DISK_ERRORS
+from anabranch.swap import DISK_ERRORS
 
 TITLES = {
     "transfer": "Where sharing hurts, and what experts do about it",

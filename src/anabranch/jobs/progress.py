@@ -4,6 +4,8 @@
 import sys
 import time
 
+from anabranch.train.processes import processes
+
 
 class Progress:
     """`with Progress("models", total=18) as progress: progress.advance("garments, seed 0: loss 0.51")`."""
@@ -37,3 +39,9 @@ class Progress:
         seconds = time.monotonic() - self.started
         left = seconds / max(self.done - self.before, 1) * (self.total - self.done)
         print(f"{self.what} {self.done}/{self.total}  {note}  ({left:.0f} s left)", file=sys.stderr, flush=True)
+
+
+def say(line: str) -> None:
+    """A plain line, of the first process alone."""
+    if processes().is_main_process:
+        print(line, flush=True)

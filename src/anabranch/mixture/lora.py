@@ -151,10 +151,10 @@ class RoutedLora(nn.Module):
         first = self.plan.names[0]
         x = self.lora_dropout[first](self._cast_input_dtype(x, self.lora_A[first].weight.dtype))
         ids = frame.token_ids(self.plan.key, x.shape[0], x.shape[1])
-        if self.plan.path == "segment":
-            return y + by_segment(self, x, ids).to(y.dtype)
-        if self.plan.path == "gathered":
-            return y + gathered(self, x, ids).to(y.dtype)
+        if self.plan.path != "dense":
+            check_ids(self.plan, ids)
+            path = by_segment if self.plan.path == "segment" else gathered
+            return y + path(self, x, ids).to(y.dtype)
         A, B = stacks(self, frame)
         hidden = nn.functional.linear(x, A) * rank_mask(frame, self.plan, ids, len(A), x)
         return y + nn.functional.linear(hidden, B).to(y.dtype)
@@ -165,17 +165,21 @@ def rank_mask(frame: Frame, plan: Plan, ids: Tensor, ranks: int, x: Tensor) -> T
     memo, key = frame.context.memo, (plan, ranks, x.dtype, x.device)
     kept = memo.get(key)
     if kept is None or kept[0] is not frame.context.ids[plan.key]:
-        low, high = int(ids.min()), int(ids.max())
-        if low < EVERYBODY or high >= len(plan.experts):
-            raise UsageError(
-                f"there is no expert for a {plan.key} id",
-                expected=f"0 to {len(plan.experts) - 1}, or {NOBODY} for none, {EVERYBODY} for all",
-                received=high if high >= len(plan.experts) else low,
-            )
+        check_ids(plan, ids)
         table = plan.table().repeat_interleave(ranks // len(plan.names), dim=1).to(x)
         kept = memo[key] = (frame.context.ids[plan.key], table[ids.to(x.device)])
     mask: Tensor = kept[1]
     return mask
+
+
+def check_ids(plan: Plan, ids: Tensor) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < EVERYBODY or high >= len(plan.experts):
+        raise UsageError(
+            f"there is no expert for a {plan.key} id",
+            expected=f"0 to {len(plan.experts) - 1}, or {NOBODY} for none, {EVERYBODY} for all",
+            received=high if high >= len(plan.experts) else low,
+        )
 
 
 def stacks(layer: Any, frame: Frame) -> tuple[Tensor, Tensor]:

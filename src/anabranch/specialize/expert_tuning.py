@@ -153,7 +153,8 @@ def next_token_loss(logits: Tensor, input_ids: Tensor, learnt: Tensor) -> Tensor
     learnt_BS = learnt[:, 1:]
     exact_BSV = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     sum_ = nn.functional.cross_entropy(exact_BSV[learnt_BS], input_ids[:, 1:][learnt_BS], reduction="sum")
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    ranks = 1 if alone else torch.distributed.get_world_size()
     return sum_ * ranks / over_ranks(learnt_BS.sum().to(sum_.dtype), "global").clamp(min=1)
 
 
@@ -163,7 +164,7 @@ def tune(
 ) -> Tuned:  # fmt: skip
     """Trains the experts in place on at most `config.steps` batches.
 
-    batches    to be taken one after another, or a stream of `rows_of` by step, which a kept run needs to go on from
+    batches    taken one after another, or a stream of `rows_of` by step; a run that goes on needs the same ones
     """
     if hasattr(batches, "batch"):
         stream, steps = batches, config.steps

@@ -24,14 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anabranch.errors import AnabranchError
-from anabranch.train.publish import (
-    DISK_ERRORS,
-    publish_folder,
-    read_json,
-    remove_folder,
-    replace_folder,
-    verify_folder,
-)
+from anabranch.swap import DISK_ERRORS, remove_folder
+from anabranch.train.publish import publish_folder, read_json, replace_folder, verify_folder
 
 __all__ = ["Checkpoint", "Loaded", "Skipped", "load_checkpoint", "publish_folder", "require_space", "save_checkpoint"]
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anabranch.errors import AnabranchError, Stopped, UsageError
+from anabranch.swap import DISK_ERRORS, clean_leftovers
 from anabranch.train.checkpoint import (
     Checkpoint,
     checkpoint_steps,
@@ -39,7 +40,6 @@ from anabranch.train.metrics import MeanWindow, MetricsWriter
 from anabranch.train.nonfinite import first_non_finite
 from anabranch.train.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from anabranch.train.processes import launched, naming_the_lost, on_cpu, processes
-from anabranch.train.publish import DISK_ERRORS, clean_leftovers
 from anabranch.train.run_folder import differing_keys, exclusive, writing_to
 from anabranch.train.seeding import deterministic_algorithms, seeded, step_seed
 from anabranch.train.sharded import Shards

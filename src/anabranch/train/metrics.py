@@ -20,7 +20,10 @@ from anabranch.errors import AnabranchError
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines."""
-    return [line for line, _ in _lines(path)]
+    try:
+        return [line for line, _ in _lines(path)]
+    except OSError as error:
+        raise AnabranchError(f"{path} cannot be read", received=error.strerror) from error
 
 
 class MetricsWriter:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from anabranch.errors import UsageError
-from anabranch.train.publish import sync
+from anabranch.swap import sync
 
 CONFIG = "config.resolved.yaml"
 LOCK = ".lock"
@@ -64,6 +64,12 @@ def writing_to(path: Path) -> Iterator[None]:
             received=error.strerror,
             hint="another --out",
         ) from error
+
+
+def place_for(out: Path) -> None:
+    """The folder of a file to be written: made, or refused, before the work and not after it."""
+    with writing_to(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint
 from torch import Tensor, nn
 
 from anabranch.errors import AnabranchError, UsageError
+from anabranch.swap import DISK_ERRORS
 from anabranch.train.checkpoint import (
     SHARDED,
     Checkpoint,
@@ -32,7 +33,7 @@ from anabranch.train.checkpoint import (
     write_state,
 )
 from anabranch.train.processes import processes
-from anabranch.train.publish import DISK_ERRORS, Digest, Digests, digest_of, read_json, replace_folder
+from anabranch.train.publish import Digest, Digests, digest_of, read_json, replace_folder
 from anabranch.train.run_folder import differing_keys
 
 __all__ = ["load_sharded", "save_sharded"]

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from tests.jobs.align.test_commands import run
 from tests.jobs.align.test_chain import PROMPTS
+from tests.jobs.align.test_commands import run
 from tests.specialize.mote.tiny import base, tokenizer
 
 

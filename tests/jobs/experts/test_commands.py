@@ -2,6 +2,7 @@
 """`anabranch experts` as a person types it, on a tiny mixture of bytes: profile, rank, steer, tune, prune, merge."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import anabranch
 from anabranch import cli
 from anabranch.errors import Stopped, UsageError
 from anabranch.jobs.experts import profile as profile_job
+from anabranch.jobs.experts import tune as tune_job
 from anabranch.jobs.experts.profile import experts_profile
 from anabranch.jobs.experts.rank import overlap
 from anabranch.jobs.experts.settings import ProfileSettings
@@ -20,6 +22,7 @@ from anabranch.jobs.experts.text_mixture import byte_tokenizer, save_mixture, un
 from anabranch.jobs.experts.texts import losses_of, read_windows
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.models.language.folder import open_language_model
+from anabranch.models.mixtures.adapter import ExpertAdapter, merge
 from anabranch.train.signals import StopFlag
 from tests.many import run_many
 
@@ -410,13 +413,16 @@ def test_a_merged_checkpoint_keeps_its_configuration_and_says_who_shares(world, 
     assert run("merge", *asked(world), "--keep", "8", "--out", tmp_path / "nothing") == 2
 
 
-@pytest.mark.parametrize("how", [("--p", "0.3"), ("--num", "2")])
+@pytest.mark.parametrize("how", [("--p", "0.3"), ("--num", "2", "--by", "random")])
 def test_only_the_chosen_experts_learn_and_the_whole_checkpoint_opens_alone(world, tmp_path, how, capsys):
     assert run("tune", *asked(world), "--stats", world / "stats.safetensors", "--target", "ab", *how, "--steps", "8",
                "--learning-rate", "1e-3",
                "--out", tmp_path / "tuned", "--merged", tmp_path / "whole") == 0  # fmt: skip
     told = json.loads((tmp_path / "tuned" / "experts.json").read_text())
-    assert told["losses"]["esft_token"]["ab"]["change"] < 0
+    assert told["losses"][told["by"]]["ab"]["change"] < 0
+    num = sum(map(len, told["experts"].values()))
+    assert told["slices"]["changed"] == 2 * num, "gate and up in one tensor, and down"
+    assert len(told["touched"]) == 2 * len(told["experts"])
     base, _ = open_language_model(world / "model")
     tuned, _ = open_language_model(tmp_path / "whole")
     before, after = base.state_dict(), tuned.state_dict()
@@ -430,6 +436,64 @@ def test_only_the_chosen_experts_learn_and_the_whole_checkpoint_opens_alone(worl
         assert changed == sorted(chosen)
     assert in_stock(tmp_path / "whole")[1] == pytest.approx(squares(tuned), rel=1e-5)
     assert "experts in 2 layers learnt" in capsys.readouterr().out
+
+
+def tuning(root, *more):
+    return ("tune", *asked(root), "--stats", root / "stats.safetensors", "--target", "ab", "--steps", "7",
+            "--learning-rate", "1e-3", "--set", "batch_size=8", "--set", "controls=1", *more)  # fmt: skip
+
+
+def numbers_of(run):
+    """The tuned values, and the lines of metrics without what the clock says."""
+    lines = [json.loads(line) for line in (run / "training" / "metrics.jsonl").read_text().splitlines()]
+    told = [{name: value for name, value in line.items() if "second" not in name and name != "time"} for line in lines]
+    return (run / "experts.safetensors").read_bytes(), told, json.loads((run / "experts.json").read_text())["losses"]
+
+
+def test_a_tuning_that_is_stopped_goes_on_to_the_same_bits(world, tmp_path, monkeypatch, capsys):
+    assert run(*tuning(world, "--out", tmp_path / "whole")) == 0
+    drawn, seen = tune_job.WindowBatches.batch, []
+
+    def until_stopped(stream, step):
+        seen.append(step)
+        if len(seen) == 14:  # a look and seven steps of the control, a look and five steps
+            signal.raise_signal(signal.SIGTERM)
+        return drawn(stream, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_job.WindowBatches, "batch", until_stopped)
+        assert run(*tuning(world, "--out", tmp_path / "part")) == 75
+    assert not (tmp_path / "part" / "experts.json").exists()
+    assert run(*tuning(world, "--out", tmp_path / "part")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert run(*tuning(world, "--out", tmp_path / "part", "--p", "0.5", "--resume")) == 2
+    assert run(*tuning(world, "--out", tmp_path / "part", "--resume")) == 0
+    assert "resumed from step-000005" in capsys.readouterr().out
+    assert numbers_of(tmp_path / "part") == numbers_of(tmp_path / "whole")
+    assert set(numbers_of(tmp_path / "part")[2]) == {"esft_token", "random experts, mean of 1"}
+    assert run(*tuning(world, "--out", tmp_path / "none", "--set", "save_every=0")) == 2
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_tuning_of_two_processes_is_that_of_one(world, tmp_path, sharding):
+    assert run(*tuning(world, "--out", tmp_path / "alone")) == 0
+    given = ("--out", tmp_path / "both", "--merged", tmp_path / "whole", "--set", f"sharding={sharding}")
+    codes, said = run_many(2, TOGETHER, "command", "experts", *tuning(world, *given))
+    assert codes == [0, 0], said
+    assert said.count("slices of tensors changed") == 1
+    alone, both = (ExpertAdapter.load(tmp_path / name) for name in ("alone", "both"))
+    assert alone.experts == both.experts
+    for name, value in alone.tensors.items():
+        torch.testing.assert_close(both.tensors[name], value, atol=2e-5, rtol=0)
+    (loss, *_), (expected, *_) = (
+        [line["loss"] for line in numbers_of(tmp_path / name)[1]] for name in ("both", "alone")
+    )
+    assert loss == pytest.approx(expected, abs=1e-5)
+    base, _ = open_language_model(world / "model")
+    merge(base, both)
+    assert in_stock(tmp_path / "whole")[1] == pytest.approx(squares(base), rel=1e-5)
 
 
 def test_what_is_learnt_and_not_foreseen_better_is_a_failed_check_with_its_files(world, tmp_path, capsys):

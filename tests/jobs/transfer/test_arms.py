@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.arms import Arm, ArmSettings, Bench, group_purity, run_arm, wider
 from anabranch.jobs.transfer.effects import after_routing, by_arm, difference, effects, level
 from anabranch.jobs.transfer.measure import Corpus, open_corpus, shared_model
 from anabranch.jobs.transfer.recipe_table import cell, table
+from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.models import vit_mae
 
 NAMES = ("digits", "textures")

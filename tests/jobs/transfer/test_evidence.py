@@ -8,10 +8,10 @@ About twenty minutes on two cores.
 
 import pytest
 
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.arms import ArmSettings
 from anabranch.jobs.transfer.demo import compare
 from anabranch.jobs.transfer.measure import measure
+from anabranch.jobs.transfer.settings import MeasureSettings
 
 pytestmark = pytest.mark.slow
 

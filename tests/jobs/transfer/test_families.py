@@ -12,13 +12,13 @@ from torch import nn
 from anabranch import cli
 from anabranch.data.streams import ShuffledIndices
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.settings import MeasureSettings, PretrainSettings
-from anabranch.jobs.stages import followers, learner_of, touched
 from anabranch.jobs.transfer.checks import EXPERTS_ONLY, SDR_ONLY, check_settings
 from anabranch.jobs.transfer.clusters import fingerprint
 from anabranch.jobs.transfer.inside import conflict
 from anabranch.jobs.transfer.learners import LEARNERS, family_of, learner
 from anabranch.jobs.transfer.measure import open_corpus
+from anabranch.jobs.transfer.settings import MeasureSettings, PretrainSettings
+from anabranch.jobs.transfer.stages import followers, learner_of, touched
 from anabranch.models import vit_mae
 from anabranch.train.touch import digest
 

@@ -11,8 +11,8 @@ import pytest
 import anabranch
 from anabranch import cli
 from anabranch.errors import UsageError
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.measure import open_corpus, plan, read_cell
+from anabranch.jobs.transfer.settings import MeasureSettings
 
 OPTIONS = ["--steps", "20", "--seeds", "2", "--set", "batch_size=16", "--set", "workers=1", "--set", "num_labels=16"]
 FAST = [*OPTIONS, "--set", "image_size=32", "--set", "probe_points=2"]

@@ -6,10 +6,10 @@ Setting and seeds are those of the recipe. About twenty-five minutes of one core
 
 import pytest
 
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.arms import ArmSettings
 from anabranch.jobs.transfer.contest import contest
 from anabranch.jobs.transfer.effects import difference
+from anabranch.jobs.transfer.settings import MeasureSettings
 
 CODES, STEPS, BATCH_SIZE = 6, 1000, 96
 FIRST_SEED, SEEDS = 120, 5

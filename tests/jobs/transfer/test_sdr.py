@@ -19,14 +19,13 @@ from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import open_images
 from anabranch.data.streams import derived_seed
 from anabranch.errors import AnabranchError, Stopped, UsageError
-from anabranch.jobs import stages
-from anabranch.jobs.settings import CustomizeSettings, PretrainSettings
-from anabranch.jobs.transfer import pretrain_sdr
+from anabranch.jobs.transfer import pretrain_sdr, stages
 from anabranch.jobs.transfer.customize import customize
 from anabranch.jobs.transfer.customize_sdr import recalibrated
 from anabranch.jobs.transfer.pretrain import pretrain
 from anabranch.jobs.transfer.pretrain_sdr import load_subnets
 from anabranch.jobs.transfer.sdr_checks import num_paths
+from anabranch.jobs.transfer.settings import CustomizeSettings, PretrainSettings
 from anabranch.models import resnet, vit_mae
 from anabranch.specialize.sdr.channels import SHARED
 from anabranch.specialize.sdr.schedule import Rounds

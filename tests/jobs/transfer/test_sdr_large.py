@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from anabranch.data.images import open_images
-from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.transfer.pretrain import pretrain
 from anabranch.jobs.transfer.pretrain_sdr import load_subnets
+from anabranch.jobs.transfer.settings import PretrainSettings
 from anabranch.models import resnet
 
 pytestmark = pytest.mark.slow

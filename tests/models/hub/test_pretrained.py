@@ -2,9 +2,11 @@
 """Ways in and out of a hub, without one: its cache, a server on this machine, and what may not come in."""
 
 import base64
+import errno
 import json
 import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -61,6 +63,79 @@ def test_saving_spares_what_is_there_and_replaces_its_own(tmp_path):
     RECIPE.save_pretrained(tmp_path / "recipe")
     RECIPE.save_pretrained(tmp_path / "recipe", card="another card")
     assert (tmp_path / "recipe" / "README.md").read_text() == "another card"
+
+
+def test_a_full_disk_in_mid_save_costs_nothing(tmp_path, monkeypatch):
+    old, new = adapter(), adapter()
+    new.tensors.update({name: value + 1 for name, value in new.tensors.items()})
+    old.save_pretrained(tmp_path / "tuned", card="old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tuned").iterdir()}
+
+    def full(self, *arguments, **options):  # the weights are written, their manifest is not
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(AnabranchError, match=r"could not write(.|\n)*make room"):
+            new.save_pretrained(tmp_path / "tuned", card="new")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tuned").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
+    new.save_pretrained(tmp_path / "tuned")
+    found = ExpertAdapter.from_pretrained(tmp_path / "tuned").tensors
+    assert all(torch.equal(found[name], value) for name, value in new.tensors.items())
+
+
+def dying_at(call, save):
+    """Run `save` in a child that ends, as a killed one does, instead of its call-th call that changes files."""
+    child = os.fork()
+    if child == 0:
+        try:
+            left = iter(range(call))
+            for name in ("mkdir", "rename", "link", "fsync", "unlink", "rmdir"):
+                real = getattr(os, name)
+                wrapped = lambda *a, real=real, **o: real(*a, **o) if next(left, None) is not None else os._exit(9)  # noqa: E731
+                setattr(os, name, wrapped)
+            save()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_dying_anywhere_in_a_save_leaves_the_old_one_or_the_new_one(tmp_path):
+    other = Recipe(steps=(Step(kind="empty", experts=(("model.layers.0.mlp", 1),)),), made_by="hand")
+    code, call, found = 9, 0, []
+    while code == 9:
+        folder = tmp_path / str(call) / "recipe"
+        RECIPE.save_pretrained(folder)
+        (folder / "LICENSE").write_text("mine")
+        code = dying_at(call, lambda folder=folder: other.save_pretrained(folder))
+        found.append(Recipe.from_pretrained(folder))
+        assert (folder / "LICENSE").read_text() == "mine"
+        call += 1
+    assert code == 0
+    assert all(recipe in (RECIPE, other) for recipe in found)
+    assert found == sorted(found, key=lambda recipe: recipe == other), "from some call on it is the new one"
+    assert (found[0], found[-1]) == (RECIPE, other)
+
+
+def test_what_else_is_in_the_folder_stays_and_what_is_no_folder_of_its_own_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "clone"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    RECIPE.save_pretrained(folder)
+    (folder / "LICENSE").write_text("mine")
+    (folder / "latest").symlink_to("steer.json")
+    (tmp_path / "link").symlink_to(folder)
+    RECIPE.save_pretrained(tmp_path / "link", card="again")
+    assert {path.name for path in folder.iterdir()} == {".git", "LICENSE", "latest", "steer.json", "README.md"}
+    assert (folder / ".git" / "HEAD").read_text() == "ref: refs/heads/main"
+    assert (folder / "README.md").read_text() == "again"
+    assert (tmp_path / "link").is_symlink()
+    assert (folder / "latest").is_symlink()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="the folder that this process is in"):
+        RECIPE.save_pretrained(".")
 
 
 # in: nothing is downloaded unless asked, nothing strange is opened

@@ -23,7 +23,7 @@ from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import ChainSettings
 from anabranch.jobs.erase.checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress
-from anabranch.jobs.stages import plain_values_of
+from anabranch.jobs.settings import plain_values_of
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, Writer, build_chains
 from anabranch.specialize.mote.chain_prompts import Prompts
@@ -31,7 +31,7 @@ from anabranch.specialize.mote.chain_writer import ChainWriter
 from anabranch.specialize.mote.folder import fingerprint, tokenizer_hash
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, BUDGET
 from anabranch.specialize.mote.steps import Steps
-from anabranch.train.publish import sync
+from anabranch.swap import sync
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from anabranch.jobs.align.refusals import refuses
 from anabranch.jobs.align.settings import ChainSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
 from anabranch.measure.concept_ratio import wilson
 from anabranch.measure.judge import agreement
 from anabranch.measure.self_bleu import self_bleu

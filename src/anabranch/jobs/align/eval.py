@@ -24,7 +24,7 @@ from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import EvalSettings
 from anabranch.jobs.align.train import read_chains
 from anabranch.jobs.results import aligned
-from anabranch.jobs.stages import plain_values_of
+from anabranch.jobs.settings import plain_values_of
 from anabranch.measure.concept_ratio import paired_difference, ratio
 from anabranch.measure.judge import Calibration, agreement, calibrate, correct
 from anabranch.report.result import Results

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.jobs.align.settings import EvalSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
 from anabranch.measure.judge import Calibration
 
 RESULT = "eval.json"

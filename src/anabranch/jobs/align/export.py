@@ -12,7 +12,7 @@ import torch
 
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.align.settings import ExportSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.card import fused_card
 from anabranch.specialize.mote.export import fuse

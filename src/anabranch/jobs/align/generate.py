@@ -12,14 +12,14 @@ from anabranch.jobs.align.chain import JOURNAL, SEEN, append, finished, line_of,
 from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import ChatSettings, GenerateSettings
 from anabranch.jobs.erase.checks import fingerprint_of, same_as_before
-from anabranch.jobs.progress import Progress
-from anabranch.jobs.stages import plain_values_of, say
+from anabranch.jobs.progress import Progress, say
+from anabranch.jobs.settings import plain_values_of
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import question_ids
 from anabranch.specialize.mote.folder import fingerprint, load, read_manifest
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, Chain, generate, plain_answers
 from anabranch.specialize.mote.mote import MoTE
-from anabranch.train.publish import sync
+from anabranch.swap import sync
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 

@@ -20,7 +20,8 @@ from anabranch.jobs.erase.checks import fingerprint_of, kept, open_model, same_a
 from anabranch.jobs.erase.sample import draw_latents, sampling_of
 from anabranch.jobs.erase.settings import BakeSettings, SampleSettings
 from anabranch.jobs.erase.train import check_untouched
-from anabranch.jobs.stages import plain_values_of, say
+from anabranch.jobs.progress import say
+from anabranch.jobs.settings import plain_values_of
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint, hashes

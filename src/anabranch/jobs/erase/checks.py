@@ -15,7 +15,8 @@ from anabranch.data.labels import Labels, read_labels, refuse_changed
 from anabranch.errors import UsageError
 from anabranch.models.diffusion.family import open_pipeline
 from anabranch.suppress.geom_erasing.adapter_folder import UNREADABLE, damage_told, told
-from anabranch.train.publish import sync
+from anabranch.swap import sync
+from anabranch.train.processes import processes
 
 
 def open_model(folder: Path) -> Any:
@@ -57,22 +58,27 @@ def same_as_before(file: Path, seen: dict[str, str]) -> None:
     Raises:
         UsageError: one of `seen` is not what the file says.
     """
-    if file.is_file():
-        with damage_told(file.parent):
-            before = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [name for name, value in seen.items() if before.get(name) != value]:
-            raise UsageError(
-                f"{', '.join(changed)}: not what this run began with",
-                expected="what was there when it was started",
-                received="; ".join(f"{name} {seen[name]} for {before.get(name)}" for name in changed),
-                hint="put it back, or another --out for a new run",
-            )
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unwritten = file.with_suffix(".unfinished")
-    unwritten.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
-    sync(unwritten)
-    unwritten.replace(file)
+    with processes().main_process_first():  # which may not have made the run's folder yet
+        if file.is_file():
+            check_same(file, seen)
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unwritten = file.with_suffix(".unfinished")
+        unwritten.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+        sync(unwritten)
+        unwritten.replace(file)
+
+
+def check_same(file: Path, seen: dict[str, str]) -> None:
+    with damage_told(file.parent):
+        before = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [name for name, value in seen.items() if before.get(name) != value]:
+        raise UsageError(
+            f"{', '.join(changed)}: not what this run began with",
+            expected="what was there when it was started",
+            received="; ".join(f"{name} {seen[name]} for {before.get(name)}" for name in changed),
+            hint="put it back, or another --out for a new run",
+        )
 
 
 def kept(file: Path, key: str, make: Callable[[], Tensor]) -> Tensor:

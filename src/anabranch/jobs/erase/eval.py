@@ -27,9 +27,9 @@ from anabranch.jobs.erase.numbers import described, numbers, told_verdict, witho
 from anabranch.jobs.erase.sample import sampling_of
 from anabranch.jobs.erase.settings import EvalSettings
 from anabranch.jobs.erase.study import After, Before, Study, floor_of, judged, study_after, study_before, study_never
-from anabranch.jobs.progress import Progress
+from anabranch.jobs.progress import Progress, say
 from anabranch.jobs.results import erased
-from anabranch.jobs.stages import plain_values_of, say
+from anabranch.jobs.settings import plain_values_of
 from anabranch.measure.concept_ratio import Rate
 from anabranch.measure.erasure import LEVELS
 from anabranch.models.diffusion.family import image_side

@@ -18,7 +18,7 @@ from anabranch.data.streams import derived_seed
 from anabranch.errors import UsageError
 from anabranch.jobs.erase.checks import open_model
 from anabranch.jobs.erase.settings import SampleSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
 from anabranch.models.diffusion.conditioning import Conditioning
 from anabranch.models.diffusion.family import image_side
 from anabranch.models.diffusion.latents import to_pixels
@@ -72,7 +72,9 @@ def draw_latents(
                 else encode_negatives(pipe, [negatives[i] for i in rows])
             )
             chosen = [seeds[i] for i in rows]
-            parts.append(sample(pipe, rule(pipe, positive, negative, how), first_noise(pipe, chosen), how.steps, chosen))
+            parts.append(
+                sample(pipe, rule(pipe, positive, negative, how), first_noise(pipe, chosen), how.steps, chosen)
+            )
     return torch.cat(parts)
 
 

@@ -35,7 +35,8 @@ from anabranch.jobs.erase.plan import (
     warnings_for,
 )
 from anabranch.jobs.erase.settings import TrainSettings
-from anabranch.jobs.stages import plain_values_of, say
+from anabranch.jobs.progress import say
+from anabranch.jobs.settings import plain_values_of
 from anabranch.models.diffusion.family import family, image_side
 from anabranch.models.diffusion.latents import CHUNK, to_latents
 from anabranch.models.diffusion.noising import noising

@@ -19,6 +19,7 @@ from anabranch.models.mixtures.layers import MixtureLayer, open_layers
 from anabranch.reuse.steer import scmoe
 from anabranch.reuse.steer.recipe import Recipe
 from anabranch.train.publish import publish_folder
+from anabranch.train.run_folder import place_for
 
 
 def experts_generate(settings: GenerateSettings) -> list[dict[str, str]]:
@@ -60,6 +61,8 @@ def check(settings: GenerateSettings) -> None:
     for path in (settings.out, settings.export):
         if path is not None and path.exists():
             raise UsageError(f"{path} is there already", expected="a free name", hint="another name")
+    if settings.out is not None:
+        place_for(settings.out)
     if settings.export is not None and (settings.prompt or settings.prompts):
         raise UsageError("a prompt would not be heard: --export writes a checkpoint and ends", expected="no prompt")
     if settings.contrast and (settings.steer or settings.export):
@@ -150,7 +153,6 @@ def export(
 
 def tell(settings: GenerateSettings, rows: Sequence[dict[str, str]]) -> None:
     if settings.out is not None:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         settings.out.write_text(lines, encoding="utf-8")
         print(f"{len(rows)} texts  {settings.out}")

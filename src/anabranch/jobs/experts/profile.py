@@ -20,7 +20,7 @@ from anabranch.errors import Stopped, UsageError
 from anabranch.jobs.experts.settings import ProfileSettings
 from anabranch.jobs.experts.texts import Windows, read_windows
 from anabranch.jobs.progress import Progress
-from anabranch.jobs.stages import plain_values_of
+from anabranch.jobs.settings import plain_values_of
 from anabranch.jobs.together import first_alone, rank, share, summed
 from anabranch.measure.experts.merged import merged
 from anabranch.measure.experts.ranking import dsmoe, router_lens
@@ -32,6 +32,7 @@ from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
 from anabranch.train.processes import launched
+from anabranch.train.run_folder import place_for
 from anabranch.train.signals import StopFlag
 
 PART_EVERY = 50
@@ -60,7 +61,6 @@ def experts_profile(settings: ProfileSettings) -> ExpertStats:
 
 
 def write(settings: ProfileSettings, stats: ExpertStats) -> None:
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     stats.save(settings.out)
     told = settings.out.with_name(f"{settings.out.name}.json")
     told.write_text(json.dumps(described(settings, stats), indent=1) + "\n", encoding="utf-8")
@@ -126,6 +126,7 @@ def refuse_taken(settings: ProfileSettings) -> None:
             f"a profile for {settings.out} was stopped before its end", expected="--resume, or another --out",
             received=part_of(settings.out),
         )  # fmt: skip
+    place_for(settings.out)
 
 
 def part_of(out: Path) -> Path:
@@ -177,7 +178,6 @@ def read_batch(
 def save_part(settings: ProfileSettings, stats: ExpertStats, done: int, texts: str) -> None:
     """Sums and where they end in one file: a kill between two could count a batch twice."""
     file = part_of(settings.out)
-    file.parent.mkdir(parents=True, exist_ok=True)
     stats.save(file, json.dumps({"done": done, "settings": plain_values_of(settings), "texts": texts}))
 
 

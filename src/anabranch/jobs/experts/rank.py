@@ -22,6 +22,7 @@ from anabranch.jobs.experts.settings import RankSettings
 from anabranch.jobs.results import ranked as of_ranking
 from anabranch.measure.experts.statistics import OUTPUTS, RESIDUAL, ExpertStats
 from anabranch.report.result import Results
+from anabranch.train.run_folder import place_for
 
 RANDOM = "random"
 """The control: one draw, which no resampling moves."""
@@ -44,7 +45,7 @@ def experts_rank(settings: RankSettings) -> Results:
     if settings.out is not None:
         if settings.out.exists():
             raise UsageError(f"{settings.out} is there already", expected="a free name", hint="another --out")
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        place_for(settings.out)
     names = chosen(settings.by, stats)
     found = {name: ranked(module(name), stats, settings, others) for name in names}
     tell(settings, stats, found)

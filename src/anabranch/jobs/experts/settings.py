@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from anabranch.train.trackers import Tracked
+
 
 @dataclass(frozen=True, kw_only=True)
 class OfModel:
@@ -203,7 +205,7 @@ class TuneFlags(OfModel):
     target: str = ""
     """The label of the statistics whose experts learn."""
     by: str = "esft_token"
-    """The ranking that chooses them."""
+    """The ranking that chooses them; random, drawn by the seed, is the control."""
     p: float = 0.2
     """ESFT: the share of relevance that the chosen experts of a layer hold."""
     num: int = 0
@@ -212,15 +214,22 @@ class TuneFlags(OfModel):
     learning_rate: float = 1e-4
     """The paper's 1e-5 is for models of billions of weights."""
     out: Path = Path("tuned")
-    """The adapter to write: the tuned experts alone, and experts.json."""
+    """The run folder, and in it the adapter: the tuned experts alone, and experts.json."""
     merged: Path | None = None
     """Also write the whole checkpoint here."""
-    seed: int = 0
+    resume: bool = False
+    """Go on with a run that was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneSettings(TuneFlags):
+class TuneSettings(TuneFlags, Tracked):
+    controls: int = 0
+    """Trainings of as many random experts of every layer, in the table beside the chosen ones; each takes as long."""
+    seed: int = 0
     length: int = 128
     limit: int = 400
     batch_size: int = 16
     weight_decay: float = 0.1
+    sharding: Literal["none", "full"] = "none"
+    """full: of several processes each keeps a part of parameters, gradients and moments (docs/scaling.md)."""
+    save_every: int = 200

@@ -11,6 +11,7 @@ from anabranch.jobs.experts.settings import SteerSettings
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.reuse.steer import dsmoe, ftri, rice, steermoe
 from anabranch.reuse.steer.recipe import KINDS, WITH_AMOUNT, Recipe, Step
+from anabranch.train.run_folder import place_for
 
 Maker = Callable[[SteerSettings, Tensor, ExpertStats], Recipe]
 
@@ -54,7 +55,7 @@ def experts_steer(settings: SteerSettings) -> Recipe:
         (name,) = chosen([settings.by], stats)
         made = METHODS[settings.by](settings, module(name).rank(stats, settings.target, others), stats)
     made = Recipe(steps=made.steps, made_by=made.made_by, model=stats.model)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    place_for(settings.out)
     made.save(settings.out)
     tell(settings, stats, made)
     return made

@@ -1,121 +1,205 @@
 # SPDX-License-Identifier: Apache-2.0
 """`anabranch experts tune`: only the experts that a task uses learn it; everything else stays bit for bit.
 
-OUT/            the tuned experts alone, which many of can be served over one base
-OUT/experts.json    the losses by label before and after
-MERGED/         with --merged the whole checkpoint, opened by transformers alone
+OUT/                the tuned experts alone, which many of can be served over one base
+OUT/experts.json    the losses by label before and after, and what was touched; written last
+OUT/training        checkpoints and metrics.jsonl: what a stopped run goes on from; control-0, ... are of controls
+MERGED/             with --merged the whole checkpoint, opened by transformers alone
 """
 
 import json
-from collections.abc import Iterator
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from anabranch.errors import CheckFailed, UsageError
+from anabranch.jobs.erase.checks import fingerprint_of, same_as_before
 from anabranch.jobs.experts.card import experts_card
-from anabranch.jobs.experts.rank import chosen, module
+from anabranch.jobs.experts.rank import RANDOM, chosen, module
 from anabranch.jobs.experts.settings import TuneSettings
-from anabranch.jobs.experts.texts import SHIPPED, Windows, read_windows
+from anabranch.jobs.experts.texts import Windows
+from anabranch.jobs.experts.tune_control import Experts, controlled
+from anabranch.jobs.experts.tune_text import WindowBatches, to_learn_and_ask
 from anabranch.jobs.experts.written import (
     RESULT,
     Changed,
+    Losses,
     change,
     losses_by_label,
     own_stats,
     tell_losses,
     write_checkpoint,
 )
-from anabranch.measure.experts.ranking.batches import Batch
+from anabranch.jobs.progress import say
+from anabranch.jobs.settings import plain_values_of
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.adapter import MANIFEST
 from anabranch.specialize import ceft, esft
-from anabranch.specialize.expert_tuning import Tuned
-from anabranch.train.publish import publish_folder, refuse_other_results
-from anabranch.train.touch import digest, touch_report
+from anabranch.specialize.expert_tuning import Kept, Tuned, digest_by_slice, loop_config, touched, tune
+from anabranch.train.processes import processes
+from anabranch.train.publish import install, refuse_other_results
+from anabranch.train.run_folder import RunFolder
+from anabranch.train.signals import StopFlag
+from anabranch.train.touch import TouchReport
 
-LEARNT = 0.9
-"""Of the first text, from its start; the rest is held out."""
+TRAINING, SEEN = "training", "seen.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What every training of the command has in common."""
+
+    settings: TuneSettings
+    model: Any
+    layers: tuple[str, ...]
+    scores_LN: Tensor
+    learnt: Windows
+    texts: list[Windows]
+    """Asked before and after."""
+
+    @property
+    def stream(self) -> WindowBatches:
+        return WindowBatches(self.learnt, self.settings.batch_size, seed=self.settings.seed)
+
+    def ask(self) -> Losses:
+        return losses_by_label(self.model, self.texts)
+
+    def seen(self, base: str) -> dict[str, str]:
+        """What a run that goes on has to see again."""
+        numbers = {"statistics": self.scores_LN, "text": self.learnt.input_ids}
+        return {"model": base} | {name: fingerprint_of(value.tolist()) for name, value in numbers.items()}
 
 
 def experts_tune(settings: TuneSettings) -> dict[str, Any]:
     """Write settings.out, and settings.merged if given; returns what experts.json holds.
 
     Raises:
-        CheckFailed: after everything is written, where held-out windows of what was learnt are not foreseen better.
+        CheckFailed: a chosen expert is as it was, or anything else is not; or, after everything is written, held-out
+            windows of what was learnt are not foreseen better.
     """
-    refuse_other_results(settings.out, RESULT)
+    processes()  # connected, they notice at once where the first one refuses
     if settings.merged is not None:
         refuse_other_results(settings.merged, RESULT)
     with hushed():
         model, tokenizer = open_language_model(settings.model)
-    stats = own_stats(settings.stats, model)
-    stats.index(settings.target)
-    chosen([settings.by], stats)
-    learnt, texts = to_learn_and_ask(settings, tokenizer)
-    before, digests = losses_by_label(model, texts), digest(model)
-    tuned = train(settings, model, stats, learnt)
-    after = losses_by_label(model, texts)
-    report = touch_report(digests, digest(model), named=[f"{name}.experts.*" for name in tuned.adapter.experts])
-    rows = {settings.by: {name: change(before[name], after[name]) for name in before}}
-    told = {
-        "by": settings.by, "target": settings.target, "experts": {n: list(e) for n, e in tuned.adapter.experts.items()},
-        "losses": rows, "tuned_weights": sum(value.numel() for value in tuned.adapter.tensors.values()),
-        "weights": sum(value.numel() for value in model.parameters()),
-        "touched": list(report.changed), "left_alone": len(report.left_alone),
-    }  # fmt: skip
-
-    def write(folder: Any) -> None:
-        tuned.adapter.save(folder)
-        whole = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | told  # one file has both
-        (folder / RESULT).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(experts_card("tuned", told, settings, adapter=True), encoding="utf-8")
-
-    publish_folder(write, settings.out)
-    if settings.merged is not None:
-        write_checkpoint(model, tokenizer, settings.merged, told, experts_card("tuned", told, settings))
-    tell(settings, told, tuned, before)
-    refuse_nothing_learnt(settings.by, learnt.label, told["losses"][settings.by][learnt.label])
+    stats, config = own_stats(settings.stats, model), method_config(settings)
+    task = Task(settings, model, stats.layers, scores_of(settings, stats), *to_learn_and_ask(settings, tokenizer))
+    with StopFlag(), RunFolder.open(settings.out, kept_values(settings), settings.resume) as run:
+        folder = run.path / TRAINING
+        same_as_before(folder / SEEN, task.seen(stats.model))
+        before, digests = task.ask(), digest_by_slice(model)
+        control = controlled_rows(task, config, before, folder)
+        tuned = train(task, config, folder)
+        report = touched(digests, digest_by_slice(model), tuned.adapter.experts)
+        told = described(task, tuned, report, {settings.by: changes(before, task.ask()), **control})
+        if processes().is_main_process:
+            write_adapter(settings, run.path, tuned, told)
+            if settings.merged is not None:
+                write_checkpoint(model, tokenizer, settings.merged, told, experts_card("tuned", told, settings))
+            tell(settings, told, tuned, before)
+        processes().wait_for_everyone()
+    refuse_nothing_learnt(settings.by, task.learnt.label, told["losses"][settings.by][task.learnt.label])
     return told
 
 
-def to_learn_and_ask(settings: TuneSettings, tokenizer: Any) -> tuple[Windows, list[Windows]]:
-    """A shipped text has a part for each; of a file the first windows are learnt and its rest is asked."""
-    shape = {"length": settings.length, "limit": settings.limit, "least": 10}
-    texts = read_windows(settings.data, tokenizer, **shape)
-    if settings.data[0].partition("=")[2].startswith(SHIPPED):
-        return read_windows(settings.data[:1], tokenizer, **shape, part="train")[0], texts
-    first = texts[0]
-    cut = int(LEARNT * len(first.input_ids))
-    learnt = Windows(first.label, first.input_ids[:cut], first.attention_mask[:cut])
-    held_out = Windows(first.label, first.input_ids[cut:], first.attention_mask[cut:])
-    return learnt, [held_out, *texts[1:]]
+def kept_values(settings: TuneSettings) -> dict[str, Any]:
+    """A run that goes on may write its checkpoint elsewhere."""
+    return {name: value for name, value in plain_values_of(settings).items() if name != "merged"}
 
 
-def train(settings: TuneSettings, model: Any, stats: ExpertStats, learnt: Windows) -> Tuned:
+def scores_of(settings: TuneSettings, stats: ExpertStats) -> Tensor:
+    """(L, N) by the ranking that is asked for.
+
+    Raises:
+        UsageError: no such label or ranking, or one that the statistics do not allow.
+    """
+    stats.index(settings.target)
+    chosen([settings.by], stats)
     others = [label for label in stats.labels if label != settings.target]
-    scores = module(settings.by).rank(stats, settings.target, others)
+    more = {"seed": settings.seed} if settings.by == RANDOM else {}
+    scores: Tensor = module(settings.by).rank(stats, settings.target, others, **more)
+    return scores
+
+
+# train, look, write
+
+
+def method_config(settings: TuneSettings) -> esft.Config | ceft.Config:
+    config: esft.Config | ceft.Config
     shared = {"steps": settings.steps, "learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay}
     try:
         if settings.num:
             config = ceft.Config(num_experts=settings.num, **shared)
-            return ceft.train(model, scores, stats.layers, batches(settings, learnt), config)
-        return esft.train(model, scores, stats.layers, batches(settings, learnt), esft.Config(p=settings.p, **shared))
+        else:
+            config = esft.Config(p=settings.p, **shared)
+        loop_config(config, kept(settings, settings.out), settings.steps, settings.batch_size)  # before anything long
+        return config
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def batches(settings: TuneSettings, learnt: Windows) -> Iterator[Batch]:
-    """Without end, in an order drawn anew for every pass."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    size = min(settings.batch_size, len(learnt.input_ids))
-    while True:
-        order = torch.randperm(len(learnt.input_ids), generator=generator)
-        for start in range(0, len(order) - size + 1, size):
-            rows = order[start : start + size]
-            ids, mask = learnt.input_ids[rows], learnt.attention_mask[rows]
-            yield Batch(ids, mask, torch.zeros_like(ids), torch.zeros(len(ids), dtype=torch.long))
+def kept(settings: TuneSettings, folder: Path) -> Kept:
+    return Kept(
+        folder=folder, resume=(folder / "checkpoints").exists(), seed=settings.seed, save_every=settings.save_every,
+        tracker=settings.tracker, sharding=settings.sharding, report=say,
+    )  # fmt: skip
+
+
+def train(task: Task, config: esft.Config | ceft.Config, folder: Path) -> Tuned:
+    given = (task.model, task.scores_LN, task.layers, task.stream)
+    if isinstance(config, ceft.Config):
+        return ceft.train(*given, config, kept=kept(task.settings, folder))
+    return esft.train(*given, config, kept=kept(task.settings, folder))
+
+
+def controlled_rows(
+    task: Task, config: esft.Config | ceft.Config, before: Losses, folder: Path
+) -> dict[str, dict[str, Changed]]:
+    """Of as many random experts, before the model learns for good."""
+    if isinstance(config, ceft.Config):
+        mask_LN = ceft.select(task.scores_LN, config.num_experts)
+    else:
+        mask_LN = esft.select(task.scores_LN, config.p)
+
+    def learn(draw: int, experts: Experts) -> dict[str, Changed]:
+        own = replace(kept(task.settings, folder / f"control-{draw}"), tracker="none")
+        tune(task.model, experts, task.stream, config, kept=own)
+        return changes(before, task.ask())
+
+    num, seed = task.settings.controls, task.settings.seed
+    return controlled(task.model, mask_LN, task.layers, learn, num=num, seed=seed)
+
+
+def changes(before: Losses, after: Losses) -> dict[str, Changed]:
+    return {name: change(before[name], after[name]) for name in before}
+
+
+def described(task: Task, tuned: Tuned, report: TouchReport, rows: dict[str, dict[str, Changed]]) -> dict[str, Any]:
+    """Stacked tensors count as touched, whichever of their experts learnt; `slices` counts these one by one."""
+    names, experts = task.model.state_dict().keys(), tuned.adapter.experts
+    changed = {name if name in names else name.rpartition(".")[0] for name in report.changed}
+    return {
+        "by": task.settings.by, "target": task.settings.target, "experts": {n: list(e) for n, e in experts.items()},
+        "losses": rows, "tuned_weights": sum(value.numel() for value in tuned.adapter.tensors.values()),
+        "weights": sum(value.numel() for value in task.model.parameters()),
+        "touched": sorted(changed), "left_alone": len(names) - len(changed),
+        "slices": {"changed": len(report.changed), "left_alone": len(report.left_alone)},
+    }  # fmt: skip
+
+
+def write_adapter(settings: TuneSettings, out: Path, tuned: Tuned, told: dict[str, Any]) -> None:
+    """Into a folder of its own first."""
+    staged = out / ".adapter"
+    shutil.rmtree(staged, ignore_errors=True)
+    tuned.adapter.save(staged)
+    both = json.loads((staged / MANIFEST).read_text(encoding="utf-8")) | told  # one file has both
+    (staged / RESULT).write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
+    (staged / "README.md").write_text(experts_card("tuned", told, settings, adapter=True), encoding="utf-8")
+    install(staged, out, last=RESULT)
 
 
 def refuse_nothing_learnt(by: str, label: str, found: Changed) -> None:
@@ -128,10 +212,12 @@ def refuse_nothing_learnt(by: str, label: str, found: Changed) -> None:
         )  # fmt: skip
 
 
-def tell(settings: TuneSettings, told: dict[str, Any], tuned: Tuned, before: Any) -> None:
+def tell(settings: TuneSettings, told: dict[str, Any], tuned: Tuned, before: Losses) -> None:
     counts = [len(experts) for experts in tuned.adapter.experts.values()]
+    slices = told["slices"]
     share = 100 * told["tuned_weights"] / told["weights"]
-    print(f"{sum(counts)} experts in {len(counts)} layers learnt, {told['tuned_weights']:,} weights ({share:.1f} %)\n")
+    print(f"{sum(counts)} experts in {len(counts)} layers learnt, {told['tuned_weights']:,} weights ({share:.1f} %)")
+    print(f"{slices['changed']} slices of tensors changed, {slices['left_alone']} slices and tensors as before\n")
     tell_losses(told["losses"], before)
     print(f"\nadapter     {settings.out}")
     if settings.merged is not None:

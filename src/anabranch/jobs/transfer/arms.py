@@ -29,13 +29,13 @@ from anabranch.allocate.clusters.groups import group_clusters
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices, derived_seed
-from anabranch.jobs.stages import pixel_statistics
 from anabranch.jobs.transfer.clusters import fingerprint
 from anabranch.jobs.transfer.corpus import at_most, mixture
 from anabranch.jobs.transfer.effects import arm_name, mean_scores, picked_scores
 from anabranch.jobs.transfer.embed import embed
 from anabranch.jobs.transfer.measure import Corpus, probe_tasks, shared_model, thinned
 from anabranch.jobs.transfer.pretrain_experts import save_experts
+from anabranch.jobs.transfer.stages import pixel_statistics
 from anabranch.measure.semantics import pixel_routing, routing_semantics
 from anabranch.mixture.context import Context, route
 from anabranch.mixture.layer import routings

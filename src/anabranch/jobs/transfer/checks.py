@@ -6,8 +6,8 @@ from typing import Any
 
 from anabranch.allocate.clusters.groups import auto_num_clusters
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.settings import PretrainSettings
 from anabranch.jobs.transfer.corpus import check_names, check_positive
+from anabranch.jobs.transfer.settings import PretrainSettings
 from anabranch.models import vit_mae
 from anabranch.specialize import moce
 

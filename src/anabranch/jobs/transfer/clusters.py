@@ -15,10 +15,10 @@ from anabranch.allocate.clusters import kmeans, sinkhorn
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.errors import UsageError
-from anabranch.jobs.settings import PretrainSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
 from anabranch.jobs.together import first_alone, rank, summed
 from anabranch.jobs.transfer.embed import embed_together
+from anabranch.jobs.transfer.settings import PretrainSettings
 from anabranch.measure.clusters.stability import stability
 from anabranch.models.bridge import bridge
 from anabranch.train.publish import replace_folder

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from anabranch import __version__
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.transfer.corpus import check_same_images
 from anabranch.jobs.transfer.effects import Results, by_arm
 from anabranch.jobs.transfer.measure import _plain, open_corpus, plan, run_cells, train_and_probe
+from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.measure.transfer import SHARED
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag

@@ -11,10 +11,10 @@ from torch import nn
 
 from anabranch.data.images import Images, open_images
 from anabranch.errors import UsageError
-from anabranch.jobs.settings import CustomizeSettings
-from anabranch.jobs.stages import pixel_statistics
 from anabranch.jobs.transfer.card import model_card, opened
 from anabranch.jobs.transfer.corpus import at_most, short_name, with_split
+from anabranch.jobs.transfer.settings import CustomizeSettings
+from anabranch.jobs.transfer.stages import pixel_statistics
 from anabranch.models.bridge import bridge, open_model, read_config
 from anabranch.train.publish import publish_folder, write_json
 

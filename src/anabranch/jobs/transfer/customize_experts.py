@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.errors import CheckFailed
-from anabranch.jobs.settings import CustomizeSettings
 from anabranch.jobs.transfer.clusters import check_encoder
 from anabranch.jobs.transfer.embed import embed
 from anabranch.jobs.transfer.pretrain_experts import load_experts
+from anabranch.jobs.transfer.settings import CustomizeSettings
 from anabranch.measure.probes import ProbeConfig, probe
 from anabranch.mixture.context import Context, route
 from anabranch.models import vit_mae

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.settings import CustomizeSettings
 from anabranch.jobs.transfer.clusters import check_encoder
 from anabranch.jobs.transfer.corpus import at_most
 from anabranch.jobs.transfer.embed import CHUNK, embed
 from anabranch.jobs.transfer.pretrain_sdr import load_subnets
+from anabranch.jobs.transfer.settings import CustomizeSettings
 from anabranch.models import resnet
 from anabranch.reuse.nearest import Margin, best, leave_one_out, margin
 from anabranch.specialize.sdr.channels import SHARED

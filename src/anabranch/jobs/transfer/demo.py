@@ -9,7 +9,7 @@ from typing import Any
 
 from anabranch import __version__
 from anabranch.errors import UsageError, did_you_mean
-from anabranch.jobs.settings import CustomizeSettings, DemoFlags, MeasureSettings
+from anabranch.jobs.settings import DemoFlags
 from anabranch.jobs.transfer.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.transfer.customize import customize
 from anabranch.jobs.transfer.effects import (
@@ -22,6 +22,7 @@ from anabranch.jobs.transfer.effects import (
     mean_over_seeds,
 )
 from anabranch.jobs.transfer.measure import _plain, measure, open_corpus, run_cells
+from anabranch.jobs.transfer.settings import CustomizeSettings, MeasureSettings
 from anabranch.measure.intervals import Interval
 from anabranch.train.publish import write_json
 from anabranch.train.run_folder import RunFolder

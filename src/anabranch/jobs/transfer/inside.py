@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices, derived_seed
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.corpus import at_most
 from anabranch.jobs.transfer.embed import embed
 from anabranch.jobs.transfer.learners import learner
+from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.measure.conflict import gradient_conflict
 from anabranch.measure.relatedness import relatedness
 

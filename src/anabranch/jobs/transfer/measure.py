@@ -24,7 +24,6 @@ from anabranch.errors import Stopped, UsageError
 from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.results import measured
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.together import Beat, first_alone, rank, share
 from anabranch.jobs.transfer.corpus import (
     at_most,
@@ -39,6 +38,7 @@ from anabranch.jobs.transfer.corpus import (
 from anabranch.jobs.transfer.embed import embed
 from anabranch.jobs.transfer.inside import look_inside
 from anabranch.jobs.transfer.learners import family_of, learner, training
+from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.measure.intervals import interval
 from anabranch.measure.probes import PROBES, ProbeConfig, check_task, probe
 from anabranch.measure.relatedness import agreement

@@ -12,9 +12,9 @@ from importlib import import_module
 from typing import Any
 
 from anabranch.errors import UsageError, did_you_mean
-from anabranch.jobs.settings import PretrainSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
 from anabranch.jobs.transfer.checks import check_settings, check_summary
+from anabranch.jobs.transfer.settings import PretrainSettings
 
 STORIES = {
     "moce": "pretrain_experts",

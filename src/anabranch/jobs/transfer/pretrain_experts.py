@@ -15,10 +15,11 @@ from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.data.streams import ShuffledIndices, StratifiedIndices
 from anabranch.errors import UsageError
-from anabranch.jobs.settings import PretrainSettings
-from anabranch.jobs.stages import finish, obtain_base, open_pool, open_run, publish, say, second_stage, train_stage
+from anabranch.jobs.progress import say
 from anabranch.jobs.transfer.checks import expert_config, num_clusters
 from anabranch.jobs.transfer.clusters import described, obtain_clusters
+from anabranch.jobs.transfer.settings import PretrainSettings
+from anabranch.jobs.transfer.stages import finish, obtain_base, open_pool, open_run, publish, second_stage, train_stage
 from anabranch.models import vit_mae
 from anabranch.specialize import moce, token_moe
 from anabranch.specialize.mae import masked_images

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from anabranch.jobs.settings import PretrainSettings
-from anabranch.jobs.stages import (
+from anabranch.jobs.transfer.learners import learner
+from anabranch.jobs.transfer.settings import PretrainSettings
+from anabranch.jobs.transfer.stages import (
     finish,
     learner_of,
     open_pool,
@@ -17,7 +18,6 @@ from anabranch.jobs.stages import (
     start_model,
     train_stage,
 )
-from anabranch.jobs.transfer.learners import learner
 from anabranch.train.signals import StopFlag
 
 

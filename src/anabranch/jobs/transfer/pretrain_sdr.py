@@ -21,23 +21,23 @@ from anabranch.allocate.clusters import tree
 from anabranch.allocate.clusters.record import Clustering
 from anabranch.data.images import Images
 from anabranch.errors import AnabranchError, UsageError
-from anabranch.jobs.settings import PretrainSettings
-from anabranch.jobs.stages import (
+from anabranch.jobs.progress import say
+from anabranch.jobs.transfer.clusters import described, obtain_clusters
+from anabranch.jobs.transfer.learners import family_of, learner, training
+from anabranch.jobs.transfer.sdr_checks import base_steps, check_request
+from anabranch.jobs.transfer.sdr_monitor import look
+from anabranch.jobs.transfer.settings import PretrainSettings
+from anabranch.jobs.transfer.stages import (
     finish,
     learner_of,
     open_pool,
     open_run,
     plain_stream,
     publish,
-    say,
     second_stage,
     start_model,
     train_stage,
 )
-from anabranch.jobs.transfer.clusters import described, obtain_clusters
-from anabranch.jobs.transfer.learners import family_of, learner, training
-from anabranch.jobs.transfer.sdr_checks import base_steps, check_request
-from anabranch.jobs.transfer.sdr_monitor import look
 from anabranch.models import resnet
 from anabranch.specialize.sdr import phases, supernet
 from anabranch.specialize.sdr.objective import Config as LearningConfig

@@ -54,12 +54,14 @@ class RunModel(Pretrained):
     """Routed by cluster: a masked autoencoder with experts, or a super-net."""
     summary: dict[str, Any]
 
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
+        if Path(folder).resolve() == self.folder.resolve():
+            raise UsageError(f"{folder} is the run itself", expected="another folder", hint="another name")
+        return super().save_pretrained(folder, card=card)
+
     def write_files(self, folder: Path) -> None:
         """base/, clusters/ without the labels of single images, model/, summary.json."""
-        if folder.resolve() == self.folder.resolve():
-            raise UsageError(f"{folder} is the run itself", expected="another folder", hint="another name")
         for name in ("base", "model"):
-            shutil.rmtree(folder / name, ignore_errors=True)  # an earlier model's files would be read with this one's
             shutil.copytree(self.folder / name, folder / name)
         replace(self.clusters, labels=torch.zeros(0, dtype=torch.int64)).save(folder / "clusters")
         (folder / self.MARK).write_text(json.dumps(self.summary, indent=1) + "\n", encoding="utf-8")

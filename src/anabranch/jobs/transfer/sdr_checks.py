@@ -3,8 +3,8 @@
 
 from anabranch.allocate.clusters import tree
 from anabranch.errors import UsageError
-from anabranch.jobs.settings import PretrainSettings
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
+from anabranch.jobs.transfer.settings import PretrainSettings
 from anabranch.models import resnet
 from anabranch.models.bridge import read_config
 from anabranch.specialize.sdr.schedule import shared_turns

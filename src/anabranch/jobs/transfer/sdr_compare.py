@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from anabranch import __version__
-from anabranch.jobs.settings import MeasureSettings
 from anabranch.jobs.transfer.effects import Results, arm_seconds, by_arm, effects, level
 from anabranch.jobs.transfer.measure import _plain, open_corpus, run_cells
 from anabranch.jobs.transfer.recipe_table import arms as arm_tables
@@ -21,6 +20,7 @@ from anabranch.jobs.transfer.recipe_table import (
     table,
 )
 from anabranch.jobs.transfer.sdr_arms import SdrArm, SdrArmSettings, SdrBench, run_sdr_arm
+from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.measure.intervals import interval
 from anabranch.measure.rank import collapsed
 from anabranch.train.publish import write_json

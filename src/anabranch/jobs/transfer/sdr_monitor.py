@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from anabranch.data.images import Images
-from anabranch.jobs.stages import say
+from anabranch.jobs.progress import say
 from anabranch.jobs.transfer.corpus import at_most
 from anabranch.jobs.transfer.embed import embed
 from anabranch.measure.rank import collapsed, directions

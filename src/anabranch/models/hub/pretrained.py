@@ -5,17 +5,22 @@
         MARK = "steer.json"                            the file that makes a folder one of these
         def write_files(self, folder): ...             fill a folder
         def read_files(cls, folder, **options): ...    read one, a class method
+        def leaves(cls, folder): ...                   what an earlier one wrote that a new one may not, a class method
 
 Nothing is downloaded unless `local_files_only=False`. What is read holds safetensors and text: files that run code
 when they are opened are refused, and so are links, but those of a hub's own cache into its own store.
 """
 
+import os
+import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from anabranch.errors import AnabranchError, UsageError
+from anabranch.swap import clean_leftovers, swap_in, sync
 
 RUNS_CODE = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".dill", ".joblib", ".msgpack", ".h5", ".keras"}
@@ -37,13 +42,21 @@ class Pretrained:
         """From the folder, the first argument."""
         raise NotImplementedError
 
+    @classmethod
+    def leaves(cls, folder: Path) -> frozenset[str]:
+        """Names of files and folders of an earlier one in `folder` that would be read with a new one's."""
+        return frozenset()
+
     def card(self) -> str:
         """README.md in the form that hubs read."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
-        """Fill a folder that is new, empty, or holds an earlier one of the same kind; `card` is its README.md."""
-        folder = Path(folder)
+        """Fill a folder that is new, empty, or holds an earlier one of the same kind; `card` is its README.md.
+
+        The earlier one is whole until the new one is; whatever else is in the folder stays.
+        """
+        folder = Path(folder).resolve()
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is a file", expected="a folder, or a free name", hint="another name")
         names = sorted(path.name for path in folder.glob("[!.]*"))  # a clone of an empty repository has hidden ones
@@ -52,10 +65,16 @@ class Pretrained:
                 f"{folder} holds something else", expected=f"an empty folder, or one with {self.MARK}",
                 received=", ".join(names[:3]), hint="another name",
             )  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        self.write_files(folder)
-        (folder / "README.md").write_text(self.card() if card is None else card, encoding="utf-8")
-        return folder
+        refuse_what_stays(folder)
+
+        def fill(new: Path) -> None:
+            self.write_files(new)
+            (new / "README.md").write_text(self.card() if card is None else card, encoding="utf-8")
+            for path in [*new.rglob("*"), new]:
+                sync(path)
+            take_along(folder, new, without=self.leaves(folder))
+
+        return swap_in(fill, folder)
 
     @classmethod
     def from_pretrained(
@@ -103,11 +122,46 @@ class Pretrained:
         return str(getattr(told, "commit_url", told))
 
 
+def refuse_what_stays(folder: Path) -> None:
+    """
+    Raises:
+        UsageError: another folder cannot take its place, be it only for a shell that stands in it.
+    """
+    here = Path.cwd().is_relative_to(folder)
+    if here or folder.is_mount():
+        raise UsageError(
+            f"{folder} cannot be replaced", expected="a folder that another one may take the place of",
+            received="the folder that this process is in" if here else "a disk of its own",
+            hint=str(folder / "model"),
+        )  # fmt: skip
+
+
+def take_along(folder: Path, new: Path, without: frozenset[str]) -> None:
+    """All that the earlier folder holds besides, without a copy where the disk can do that."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name in without or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=link_or_copy)
+        else:
+            link_or_copy(entry, new / entry.name)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
 def found(
     source: str | Path, *, local_files_only: bool, revision: str | None, cache_dir: str | Path | None = None
 ) -> Path:
     """The folder on this machine."""
     folder = Path(source).expanduser()
+    if not folder.exists() and folder.parent.is_dir():
+        with suppress(OSError):  # a save that died between its two renames is ended here
+            clean_leftovers(folder.parent)
     if folder.is_dir():
         return folder
     try:

@@ -8,7 +8,7 @@ FOLDER/NAME        an adapter that PEFT alone opens; the last one has the rows o
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ PLAIN = ("r", "alpha", "lora_alpha", "dropout", "shared", "question", "train_tok
 """Settings that the manifest holds as they are."""
 OWN = ("format", "adapters", "steps", "token_ids", "targets", *PLAIN, "base", "tokenizer")
 """What `save` itself says; anything else in a manifest is its maker's."""
+TOKENIZERS = frozenset(
+    {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"}
+    | {"vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "additional_chat_templates"}
+)
+"""Files of which a tokenizer writes some; those of another kind, left beside them, would be read."""
 
 
 def save(mote: MoTE, folder: str | Path, *, facts: Mapping[str, Any] | None = None) -> None:
@@ -53,6 +58,13 @@ def save(mote: MoTE, folder: str | Path, *, facts: Mapping[str, Any] | None = No
         **(facts or {}),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def files_of(folder: Path) -> frozenset[str]:
+    """What `save` wrote there before, or another tokenizer's may be."""
+    with suppress(UsageError):  # a damaged one names no adapters
+        return TOKENIZERS | {str(name) for name in read_manifest(folder)["adapters"]}
+    return TOKENIZERS
 
 
 def save_adapter(model: Any, name: str, folder: Path) -> None:

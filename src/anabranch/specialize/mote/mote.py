@@ -135,6 +135,12 @@ class MoTE(nn.Module, Pretrained):
         save(self, folder, facts=self.facts)
 
     @classmethod
+    def leaves(cls, folder: Path) -> frozenset[str]:
+        from anabranch.specialize.mote.folder import files_of
+
+        return files_of(folder)
+
+    @classmethod
     def read_files(cls, folder: Path, *, base: nn.Module, **options: Any) -> "MoTE":
         """
         base       the language model that the experts were trained on

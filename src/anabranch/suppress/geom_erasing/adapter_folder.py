@@ -58,13 +58,15 @@ class Adapter(Pretrained):
 
     def write_files(self, folder: Path) -> None:
         """A copy of what makes the adapter; the folder of a run holds its training besides."""
-        if folder.resolve() == self.folder.resolve():
-            return
         for name in (WEIGHTS, TOKENS, NEGATIVE, CONFIG):  # the one that makes it an adapter comes last
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
             if name == NEGATIVE and (self.folder / WHOLE).is_dir():
                 shutil.copytree(self.folder / WHOLE, folder / WHOLE, dirs_exist_ok=True)
+
+    @classmethod
+    def leaves(cls, folder: Path) -> frozenset[str]:
+        return frozenset({WEIGHTS, TOKENS, NEGATIVE, WHOLE})
 
     @classmethod
     def read_files(cls, folder: Path) -> "Adapter":

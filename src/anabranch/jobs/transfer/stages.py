@@ -4,7 +4,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from torch import nn
 from anabranch.data.images import Images, write_quarantine
 from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.errors import CheckFailed
-from anabranch.jobs.settings import PretrainSettings
+from anabranch.jobs.progress import say
+from anabranch.jobs.settings import plain_values_of
 from anabranch.jobs.transfer.corpus import at_most, check_same_images, mixture, open_together
 from anabranch.jobs.transfer.learners import family_of, learner, training
+from anabranch.jobs.transfer.settings import PretrainSettings
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.processes import processes
 from anabranch.train.publish import replace_folder, write_json
@@ -26,13 +27,6 @@ from anabranch.train.touch import digest
 
 TOUCHED = "touched.json"
 LOOK_IMAGES = 2000
-NO_NUMBER = ("out", "resume", "sharding")
-"""Settings that decide where a run is and how it is spread out, but not what it learns: a resumed one may differ."""
-
-
-def say(line: str) -> None:
-    if processes().is_main_process:
-        print(line, flush=True)
 
 
 def learner_of(settings: PretrainSettings) -> str:
@@ -43,15 +37,9 @@ def learner_of(settings: PretrainSettings) -> str:
 @contextmanager
 def open_run(settings: PretrainSettings, images: Images) -> Iterator[Path]:
     """The run's folder, created or resumed, which has seen these images and no others."""
-    with RunFolder.open(settings.out, plain_values(settings), settings.resume) as run:
+    with RunFolder.open(settings.out, plain_values_of(settings), settings.resume) as run:
         note_images(images, run.path)
         yield run.path
-
-
-def plain_values(settings: PretrainSettings) -> dict[str, Any]:
-    values = {name: value for name, value in asdict(settings).items() if name not in NO_NUMBER}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return plain | {"base": None if settings.base is None else str(settings.base)}
 
 
 def open_pool(settings: PretrainSettings) -> Images:
@@ -195,9 +183,3 @@ def finish(run: Path, settings: PretrainSettings, images: Images, summary: dict[
     from anabranch.jobs.transfer.pretrain_page import write_pretrain_page
 
     write_pretrain_page(run, images)
-
-
-def plain_values_of(settings: Any) -> dict[str, Any]:
-    """What a run folder keeps of its settings, in plain values: all but where it is and whether it goes on."""
-    values = {name: value for name, value in asdict(settings).items() if name not in NO_NUMBER}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
