@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: install test test-all test-harness trust nightly contract lint docs bench demo assets recipe clean
+.PHONY: install test test-all test-harness trust coverage mutants nightly contract lint docs bench demo assets recipe clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,6 +35,15 @@ nightly: assets
 test-harness: install   # what lm-eval and Inspect make of our models; neither brings another torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[harness]'
 	$(THREADS) $(BIN)/python -m pytest -q tests/jobs/test_opening.py
+
+coverage: install   # which lines of the layer and of its checkpoints their own tests run
+	mkdir -p runs/coverage
+	$(THREADS) $(BIN)/python -m coverage run -m pytest -q -m "not slow" tests/mixture tests/train
+	$(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage report
+
+NUMBER ?= 100
+mutants: install   # mistakes planted in the layer, and how many its tests find; NUMBER=0 for all of them
+	$(THREADS) $(BIN)/python scripts/mutants.py --number $(NUMBER)
 
 contract: install   # every method under the contract: passed, exempt and why, not applicable
 	$(THREADS) $(BIN)/python -m anabranch.testing

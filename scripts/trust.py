@@ -4,11 +4,13 @@
     python scripts/trust.py               # what runs in a quarter of an hour on two cores
     python scripts/trust.py full          # everything but the night's
     python scripts/trust.py night
+    python scripts/trust.py full --rows R4 R6   # some rows, printed and written nowhere
 
 Every number comes from the run that writes it: tests say what they injected (the fixture `counted`), pytest writes it
 down, this file adds up. Exit code 3 if a fault did harm, a test failed, or a control did not see the harm.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -33,20 +35,22 @@ ROWS = {
     "R1": "death before, after and amid every file-system call of saving, pruning, publishing, starting",
     "R2": "SIGKILL at random moments while saving; R3 is its control",
     "R4": "resumed runs that equal the uninterrupted one bit for bit, from every step; R5 is its control",
-    "R6": "SIGTERM while training: exit code 75, a finished checkpoint",
+    "R6": "SIGTERM while training, evaluating, profiling, writing chains, drawing answers: resumed to the same result",
     "R7": "full disks and cut-off writes",
     "R8": "flipped bits in each file of a checkpoint",
-    "R9": "missing, empty, cut files; read-only places",
+    "R9": "missing, empty, cut files; places that cannot be written; second writers",
     "R10": "checkpoints that earlier versions wrote",
     "R11": "a process killed or frozen in mid-step or mid-save of a run of two or four",
     "R12": "runs resumed with another number of processes",
     "N1": "derivatives of loss terms and routing weights against finite differences",
     "N2": "closed forms of routing losses",
     "N4": "drawn routers: padding, permuted experts, parts of a batch, noise",
-    "N5": "drawn sequences of take, drop, merge, permute, grow on expert banks",
+    "N5": "drawn sequences of take, drop, merge, permute, grow, change of storage on expert banks",
     "N6": "NaN and infinities in inputs and parameters of methods",
     "N7": "bf16 and fp16 against fp32",
+    "N8": "losses of small recipes that were written down, step by step",
     "N9": "calls that leave the global generators alone",
+    "N10": "routers traced as one graph by torch.compile, and by torch.export",
     "S1": "pickles that run code, given to everything that opens a file",
     "S2": "hostile file names",
     "S3": "altered weight files",
@@ -61,6 +65,7 @@ ROWS = {
     "U3": "wrong inputs answered with what, expected, received, try",
     "U4": "answers without importing torch",
     "U5": "public names of `__all__` that are there",
+    "U8": "tests in drawn orders",
 }
 
 
@@ -84,10 +89,13 @@ class Row:
         return bool(self.bad or self.failed or self.blind)
 
 
-def run_tests(tier: str, results: Path) -> int:
+def run_tests(tier: str, results: Path, only: list[str]) -> int:
     """pytest tells of its failures itself, as it goes; its exit code."""
     quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", TIERS[tier], f"--junitxml={results}"]
+    if only:
+        contract = ["contract"] if set(only) & set(CONTRACT.values()) else []
+        command += ["--rows", ",".join([*only, *contract])]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet}, check=False).returncode
 
 
@@ -148,10 +156,12 @@ def add(row: Row, case: ElementTree.Element, said: list[tuple[str, str]]) -> Non
         row.bad += values.get("bad", "0") == "0"
 
 
-def table(rows: dict[str, Row], tier: str, when: str) -> str:
+def table(rows: dict[str, Row], tier: str, when: str, only: list[str]) -> str:
     lines = ["| | what | faults | harm | control | tier |", "| --- | --- | ---: | ---: | --- | --- |"]
     for name, what in ROWS.items():
         row = rows.get(name)
+        if only and name not in only:
+            continue
         if row is None or not row.tests:
             why = row.skipped[0].removeprefix("Skipped: ") if row and row.skipped else f"not in the tier {tier}"
             lines.append(f"| {name} | {what} | | | *not run: {plain(why)}* | |")
@@ -159,7 +169,7 @@ def table(rows: dict[str, Row], tier: str, when: str) -> str:
         harm = f"**{row.bad}**" if row.bad else "0"
         words = [*row.controls, *row.notes, *([f"{len(row.skipped)} not run: {row.skipped[0]}"] if row.skipped else [])]
         tiers = ", ".join(sorted(row.tiers))
-        lines.append(f"| {name} | {what} | {row.faults:,} | {harm} | {plain('; '.join(words))} | {tiers} |")
+        lines.append(f"| {name} | {what} | {row.faults:,} | {harm} | {plain('; '.join(words)) or '*none*'} | {tiers} |")
     measured = f"Measured {when} by `make trust{'' if tier == 'quick' else f' TIER={tier}'}`: {summary(rows)}"
     return "\n".join([measured, "", *lines])
 
@@ -186,23 +196,30 @@ def write_into(page: Path, block: str) -> bool:
     return True
 
 
+def asked(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="trust", description="faults and attacks, counted")
+    parser.add_argument("tier", nargs="?", default="quick", choices=[*TIERS])
+    parser.add_argument("--rows", nargs="+", default=[], choices=[*ROWS], metavar="ROW", help="only these, not written")
+    return parser.parse_args(arguments)
+
+
 def main(arguments: list[str]) -> int:
-    tier = arguments[0] if arguments else "quick"
-    if tier not in TIERS:
-        print(f"trust: there is no tier {tier!r}\n  expected: {', '.join(TIERS)}", file=sys.stderr)
-        return 2
+    flags = asked(arguments)
+    tier = flags.tier
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        code = run_tests(tier, results)
+        code = run_tests(tier, results, flags.rows)
         if not results.is_file():
             print("trust: pytest wrote no results", file=sys.stderr)
             return 1
-        rows = read_results(results)
+        rows = {name: row for name, row in read_results(results).items() if not flags.rows or name in flags.rows}
     unknown = sorted(rows.keys() - ROWS.keys())
-    block = table(rows, tier, f"{datetime.now(UTC):%Y-%m-%d}")
+    block = table(rows, tier, f"{datetime.now(UTC):%Y-%m-%d}", flags.rows)
     print(block)
     failed = any(row.failed for row in rows.values())
-    if code == 0 or failed:  # else it is not known what the table leaves out
+    if flags.rows:
+        written = []
+    elif code == 0 or failed:  # else it is not known what the table leaves out
         written = [write_into(page, block) for page in PAGES]
     else:  # a worker that died, a file that could not be read: they count in no row
         print(f"trust: pytest ended with {code}, and no row says why; nothing was written", file=sys.stderr)

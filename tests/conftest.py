@@ -17,8 +17,12 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rows", default="", help="only the tests of these rows of the table of trust: R4,R6")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """What `make trust` reads from the results: the row of its table that a test belongs to."""
     for item in items:
         if item.get_closest_marker("night"):
@@ -27,6 +31,10 @@ def pytest_collection_modifyitems(items):
             item.user_properties += [("row", row.args[0]), ("sample", row.kwargs.get("sample", False))]
             tier = next((name for name in ("night", "slow") if item.get_closest_marker(name)), "fast")
             item.user_properties.append(("tier", "full" if tier == "slow" else tier))
+    if wanted := set(filter(None, config.getoption("rows").split(","))):
+        left_out = [item for item in items if dict(item.user_properties).get("row") not in wanted]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture

@@ -246,3 +246,12 @@ def test_wrong_tables_say_what_was_expected(small):
         TableScore(small.centroids(), 4, generator=small.seeded(), cluster_embedding="both")
     with pytest.raises(UsageError, match=r"assigned to experts \[2\]"):
         FixedTable(torch.tensor([0, 2]), 3).take([0, 1])
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
+def test_gate_noise_is_a_share_of_the_experts_unless_it_is_given(shape):
+    """By cluster and by token: 1 / E, not 1 over the number of tokens."""
+    logits = torch.zeros(shape)
+    assert torch.equal(GateNoise()(logits, torch.ones_like), torch.full(shape, 1 / 4))
+    assert torch.equal(GateNoise(0.3)(logits, torch.ones_like), torch.full(shape, 0.3))
+    assert float(GateNoise()(logits, None)) == float(GateNoise(0.0)(logits, torch.ones_like)) == 0.0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of sharded training: `python sharded_worker.py MODE FOLDER [NAME ...]`, under torchrun or by hand."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from sharded_tasks import BATCH_NORM, ROWS, make
 
 from anabranch.errors import AnabranchError, Stopped
-from anabranch.train import sharded_checkpoint  # noqa: F401  likewise
+from anabranch.train import sharded_checkpoint
+from anabranch.train.checkpoint import Checkpoint
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.optimizer import build_optimizer
 from anabranch.train.processes import disconnect, processes
@@ -76,6 +78,7 @@ def life(folder, names):
         "refused": refused(),
         "held": held(),
         "resumed": {name: resumed(folder / name) for name in names},
+        "failed": failed(folder / f"failing-{world}", world),
     }
 
 
@@ -98,6 +101,49 @@ def resumed(run):
     lines = []
     losses = train(objective, stream, config(**LONG), run, resume=True, report=lines.append).losses
     return {"losses": losses, "lines": lines}
+
+
+def failed(run, world):
+    """What every process says where one cannot save or load, and what is left afterwards."""
+    processes()
+    dist = torch.distributed
+    tensors = {str(number): torch.full((6,), float(number)) for number in range(8)}  # each process writes some
+
+    def save(step, folder=run):
+        sharded_checkpoint.save_sharded(folder, Checkpoint(step=step, model=tensors, optimizer={}, config={}))
+
+    save(1)
+    writer = torch.distributed.checkpoint.HuggingFaceStorageWriter
+    faults = {"part": (writer, "write_data"), "digest": (sharded_checkpoint, "digest_of")}
+    found = {}
+    for name, (owner, attribute) in faults.items():
+        real = getattr(owner, attribute)
+        if rank() == world - 1:
+            setattr(owner, attribute, full)
+        found[name] = message(lambda: save(2))
+        setattr(owner, attribute, real)
+    blocked = run / "blocked"
+    if rank() == 0:
+        blocked.mkdir()
+        (blocked / "checkpoints").write_text("in the way")
+    dist.barrier()
+    found["folder"] = message(lambda: save(1, blocked))
+    if rank() == 0:
+        (run / "checkpoints" / "step-000001" / "state.json").write_text("{")
+    dist.barrier()
+    found["nothing left"] = message(lambda: sharded_checkpoint.choose(run))
+    return found | {"names": sorted(path.name for path in (run / "checkpoints").iterdir())}
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def message(work):
+    try:
+        work()
+    except AnabranchError as error:
+        return str(error)
 
 
 def refused():

@@ -6,14 +6,15 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from anabranch.errors import AnabranchError, Stopped, UsageError
-from anabranch.train import publish
-from anabranch.train.checkpoint import checkpoint_steps, load_checkpoint
+from anabranch.train import publish, sharded_checkpoint
+from anabranch.train.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint
 from anabranch.train.loop import TrainConfig, train
 from tests.many import load, read_all, run_many
 
@@ -99,6 +100,20 @@ def test_a_bad_row_in_one_process_is_refused_by_all_before_the_update(runs, worl
         assert "step 2: the loss or its gradient is not finite" in message
         assert "the batch entry 'x'" in message
         assert finite
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_one_process_cannot_save_or_load_is_an_error_in_all_and_costs_no_earlier_checkpoint(runs, world):
+    first, *others = (rank["failed"] for rank in runs[1][world])
+    for rank in (first, *others):
+        assert "No space left on device" in rank["part"]
+        assert f"shard-{world:05d}-model-00001-of-00001.safetensors could not be read again" in rank["digest"]
+        assert rank["names"] == ["step-000001"], "neither a torn one nor what it was written into"
+    assert "could not write" in first["folder"]
+    assert "state.json" in first["nothing left"]
+    for rank in others:
+        assert "the first process could not write" in rank["folder"]
+        assert "the first process says why" in rank["nothing left"]
 
 
 def rows_of(size, world, rank):
@@ -226,6 +241,25 @@ def test_another_model_is_refused(runs, tiny, tmp_path):
     shutil.copytree(runs[0] / "from-2", tmp_path / "run")
     with pytest.raises(UsageError, match="another model"):
         resume(tmp_path / "run", lambda: (tiny.TinyObjective(batch_norm=True), tiny.TinyStream()))
+
+
+def test_statistics_of_parameters_that_are_not_there_are_refused_and_names_that_stand_for_two(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+
+    def facts(*size):
+        return SimpleNamespace(size=size, properties=SimpleNamespace(dtype=torch.float64))
+
+    for key, size in (("exp_avg/weight", (3, 2)), ("step/weight", ())):
+        room = sharded_checkpoint.room_for(key, facts(*size), {"weight": weight})
+        assert (room.shape, room.dtype) == (size, torch.float64)
+    with pytest.raises(UsageError, match=r"optimiser knows 'bias', the model does not"):
+        sharded_checkpoint.room_for("exp_avg/bias", facts(2), {"weight": weight})
+    with pytest.raises(UsageError, match=r"another model(.|\n)*weight"):
+        sharded_checkpoint.check_same_model({"weight": facts(3, 2)}, {"weight": torch.zeros(3, 2)}, {})
+    twice = Checkpoint(step=1, model={"step/weight": weight}, optimizer={"step/weight": weight}, config={})
+    with pytest.raises(AnabranchError, match="called as a statistic of another"):
+        sharded_checkpoint.save_sharded(tmp_path, twice)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sharded_checkpoint_holds_no_pickle(runs):

@@ -123,7 +123,7 @@ def evaluating(folders):
         measure_job.measure(
             MeasureSettings(
                 sources=(str(folders / "pool/stripes"), str(folders / "pool/disc")), tasks=(str(folders / "task"),),
-                steps=3, seeds=1, batch_size=8, workers=1, num_labels=16, num_draws=1, probe_points=1, image_size=32,
+                steps=6, seeds=1, batch_size=8, workers=1, num_labels=16, num_draws=1, probe_points=1, image_size=32,
                 warmup_steps=1, out=folder / "run", resume=resume,
             )
         )  # fmt: skip

@@ -27,6 +27,14 @@ def content():
     return Checkpoint(step=12, model=model, optimizer=moments, config=config, extra={"window": {"loss": [1.5, 3]}})
 
 
+def refused(run):
+    try:
+        load_checkpoint(run)
+    except AnabranchError:
+        return True
+    return False
+
+
 @pytest.mark.row("R10")
 def test_checkpoints_of_every_version_are_read_to_the_bit(tmp_path, counted):
     versions = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -42,9 +50,7 @@ def test_checkpoints_of_every_version_are_read_to_the_bit(tmp_path, counted):
     shutil.copytree(GOLDEN / "0.1.0", tmp_path / "later")
     state = tmp_path / "later" / "checkpoints" / "step-000012" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 13}))
-    with pytest.raises(AnabranchError):
-        load_checkpoint(tmp_path / "later")
-    counted(len(versions), control=(1, "altered one is refused"))
+    counted(len(versions), control=(int(refused(tmp_path / "later")), "altered one is refused"))
 
 
 if __name__ == "__main__":

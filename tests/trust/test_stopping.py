@@ -2,6 +2,7 @@
 """SIGTERM at any moment of five loops: what was finished is kept, and the resumed loop ends with the same result."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import time
 import pytest
 
 from anabranch.errors import AnabranchError, Stopped
+from anabranch.jobs.erase.sample import erase_sample
+from anabranch.jobs.erase.settings import SampleSettings
+from tests.jobs.erase.world import saved
 from tests.trust import stopping
 from tests.trust.stopping import Ended, Moments, counting, without_protection
 
@@ -87,6 +91,34 @@ def test_twenty_moments(make, name, tmp_path, monkeypatch, counted):
     assert harmed == []
     assert ends.count("Stopped") >= 0.8 * len(ends), ends
     counted(len(moments), len(harmed))
+
+
+@pytest.mark.row("R6")
+def test_a_signal_while_pictures_are_drawn_leaves_no_half_of_them(tmp_path, monkeypatch, counted):
+    """They are drawn anew: what was drawn by then is not kept, nor is it left lying about."""
+    model = saved(tmp_path / "model")
+
+    def draw(name):
+        erase_sample(
+            SampleSettings(
+                model=model, prompt=("a dress",), count=4, batch_size=1, steps=2, out=tmp_path / "out" / name
+            )
+        )
+        return [path.read_bytes() for path in sorted((tmp_path / "out" / name).glob("*.png"))]
+
+    (tmp_path / "out").mkdir()
+    whole, wrong = draw("whole"), []
+    for moment in (1, 2, 4):
+        with monkeypatch.context() as patch:
+            Moments(patch, moment)
+            with pytest.raises(Stopped, match=f"{moment - 1} of 4 pictures drawn"):
+                draw(str(moment))
+        left = [path.name for path in (tmp_path / "out").iterdir() if path.name != "whole"]
+        wrong += [] if left == [] and draw(str(moment)) == whole else [(moment, left)]
+        shutil.rmtree(tmp_path / "out" / str(moment))
+    assert len(whole) == 4
+    assert wrong == []
+    counted(3, len(wrong))
 
 
 @pytest.mark.row("R6")

@@ -167,7 +167,8 @@ class ExpertBank(ModuleBank):
     def run_sorted(self, rows: Tensor, experts: Sequence[int], sizes: Sequence[int], **extras: Any) -> Tensor:
         chosen = [cast(Any, self.experts[expert]) for expert in experts]
         autocast = torch.is_autocast_enabled(rows.device.type)
-        if extras or autocast or not all(plain(expert, rows.dtype) for expert in chosen):
+        alike = all(plain(expert, rows.dtype) for expert in chosen) and len({e.fc1.weight.shape for e in chosen}) == 1
+        if extras or autocast or not alike:
             return super().run_sorted(rows, experts, sizes, **extras)
         per_sample = rows[0].numel() // rows.shape[-1]
         x_TD, row_sizes = rows.flatten(0, -2), [size * per_sample for size in sizes]
