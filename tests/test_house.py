@@ -48,6 +48,16 @@ def test_arrows_between_rooms(room):
         assert rooms <= allowed, f"{path} imports {rooms - allowed}"
 
 
+def test_no_job_stands_on_another():
+    """What two of them need lies beside their rooms."""
+    rooms = [folder.name for folder in (ROOT / "jobs").iterdir() if (folder / "__init__.py").is_file()]
+    assert len(rooms) >= 4
+    for room in rooms:
+        for path in (ROOT / "jobs" / room).rglob("*.py"):
+            others = {f"anabranch.jobs.{name}" for name in rooms} - {f"anabranch.jobs.{room}"}
+            assert not others & {".".join(name.split(".")[:3]) for name in imports(path)}, path
+
+
 @pytest.mark.parametrize("room", sorted(FOREIGN))
 def test_the_layer_stands_on_torch_alone(room):
     standard = set(sys.stdlib_module_names)

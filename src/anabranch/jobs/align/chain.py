@@ -21,8 +21,8 @@ from anabranch.jobs.align.chain_report import REPORT, report_of, shape_of, tell
 from anabranch.jobs.align.judges import open_judge
 from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import ChainSettings
-from anabranch.jobs.erase.checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress
+from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, Writer, build_chains

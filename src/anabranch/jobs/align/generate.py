@@ -11,8 +11,8 @@ from anabranch.errors import UsageError
 from anabranch.jobs.align.chain import JOURNAL, SEEN, append, finished, line_of, run_of
 from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import ChatSettings, GenerateSettings
-from anabranch.jobs.erase.checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import Progress, say
+from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import question_ids

@@ -14,8 +14,8 @@ from typing import Any
 
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.align.settings import TrainSettings
-from anabranch.jobs.erase.checks import fingerprint_of, same_as_before
 from anabranch.jobs.progress import say
+from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.mixture.lora import lora_layers
 from anabranch.models.language.folder import open_language_model

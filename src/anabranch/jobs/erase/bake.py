@@ -16,11 +16,12 @@ from torch import Tensor
 from anabranch.data.streams import derived_seed
 from anabranch.errors import CheckFailed, UsageError
 from anabranch.jobs.erase.card import baked_card
-from anabranch.jobs.erase.checks import fingerprint_of, kept, open_model, same_as_before
+from anabranch.jobs.erase.checks import open_model
 from anabranch.jobs.erase.sample import draw_latents, sampling_of
 from anabranch.jobs.erase.settings import BakeSettings, SampleSettings
 from anabranch.jobs.erase.train import check_untouched
 from anabranch.jobs.progress import say
+from anabranch.jobs.resumed import fingerprint_of, kept, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts

@@ -22,7 +22,7 @@ from anabranch.data.images import UnreadableImages, allocate
 from anabranch.data.labels import Label, Labels
 from anabranch.errors import CheckFailed, Stopped
 from anabranch.jobs.erase.card import adapter_card
-from anabranch.jobs.erase.checks import fingerprint_of, kept, open_labels, open_model, same_as_before
+from anabranch.jobs.erase.checks import open_labels, open_model
 from anabranch.jobs.erase.plan import (
     check_vocabulary,
     concept_of,
@@ -36,6 +36,7 @@ from anabranch.jobs.erase.plan import (
 )
 from anabranch.jobs.erase.settings import TrainSettings
 from anabranch.jobs.progress import say
+from anabranch.jobs.resumed import fingerprint_of, kept, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.models.diffusion.family import family, image_side
 from anabranch.models.diffusion.latents import CHUNK, to_latents

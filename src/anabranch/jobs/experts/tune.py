@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from anabranch.errors import CheckFailed, UsageError
-from anabranch.jobs.erase.checks import fingerprint_of, same_as_before
 from anabranch.jobs.experts.card import experts_card
 from anabranch.jobs.experts.rank import RANDOM, chosen, module
 from anabranch.jobs.experts.settings import TuneSettings
@@ -34,6 +33,7 @@ from anabranch.jobs.experts.written import (
     write_checkpoint,
 )
 from anabranch.jobs.progress import say
+from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.models.language.folder import hushed, open_language_model
