@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inject the faults and attacks, count what they did, write the table into README.md and docs/trust.md.
+"""Inject the faults and attacks, count what they did, write the table into docs/trust.md and its sums into README.md.
 
     python scripts/trust.py               # what runs in a quarter of an hour on two cores
     python scripts/trust.py full          # everything but the night's
@@ -22,7 +22,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "trust.md")
+FRONT, PAGE = ROOT / "README.md", ROOT / "docs" / "trust.md"
 BEGIN, END = "<!-- trust:begin -->", "<!-- trust:end -->"
 TIERS = {
     "quick": "row and not night and (not slow or row(cheap=True))",
@@ -66,6 +66,12 @@ ROWS = {
     "U4": "answers without importing torch",
     "U5": "public names of `__all__` that are there",
     "U8": "tests in drawn orders",
+}
+KINDS = {
+    "R": "**crash and resume**: kills, signals, full disks, flipped bits, lost processes",
+    "N": "**numbers**: derivatives, closed forms, NaN, half precision, permutations, golden losses",
+    "S": "**attacks**: pickles, hostile names, altered weights and images, bombs, secrets",
+    "U": "**what a user is told**: targets that match nothing, wrong inputs",
 }
 
 
@@ -170,8 +176,22 @@ def table(rows: dict[str, Row], tier: str, when: str, only: list[str]) -> str:
         words = [*row.controls, *row.notes, *([f"{len(row.skipped)} not run: {row.skipped[0]}"] if row.skipped else [])]
         tiers = ", ".join(sorted(row.tiers))
         lines.append(f"| {name} | {what} | {row.faults:,} | {harm} | {plain('; '.join(words)) or '*none*'} | {tiers} |")
-    measured = f"Measured {when} by `make trust{'' if tier == 'quick' else f' TIER={tier}'}`: {summary(rows)}"
-    return "\n".join([measured, "", *lines])
+    return "\n".join([measured(rows, tier, when), "", *lines])
+
+
+def sums(rows: dict[str, Row], tier: str, when: str) -> str:
+    """The front page's: a line a kind."""
+    lines = ["| | faults | harm | rows with a control that sees the harm |", "| --- | ---: | ---: | ---: |"]
+    for kind, what in KINDS.items():
+        ran = [row for name, row in rows.items() if name[0] == kind and row.tests]
+        faults, bad = sum(row.faults for row in ran), sum(row.bad for row in ran)
+        seen = sum(bool(row.controls) and not row.blind for row in ran)
+        lines.append(f"| {what} | {faults:,} | {f'**{bad}**' if bad else 0} | {seen} of {len(ran)} |")
+    return "\n".join([measured(rows, tier, when), "", *lines])
+
+
+def measured(rows: dict[str, Row], tier: str, when: str) -> str:
+    return f"Measured {when} by `make trust{'' if tier == 'quick' else f' TIER={tier}'}`: {summary(rows)}"
 
 
 def summary(rows: dict[str, Row]) -> str:
@@ -214,13 +234,14 @@ def main(arguments: list[str]) -> int:
             return 1
         rows = {name: row for name, row in read_results(results).items() if not flags.rows or name in flags.rows}
     unknown = sorted(rows.keys() - ROWS.keys())
-    block = table(rows, tier, f"{datetime.now(UTC):%Y-%m-%d}", flags.rows)
+    when = f"{datetime.now(UTC):%Y-%m-%d}"
+    block = table(rows, tier, when, flags.rows)
     print(block)
     failed = any(row.failed for row in rows.values())
     if flags.rows:
         written = []
     elif code == 0 or failed:  # else it is not known what the table leaves out
-        written = [write_into(page, block) for page in PAGES]
+        written = [write_into(FRONT, sums(rows, tier, when)), write_into(PAGE, block)]
     else:  # a worker that died, a file that could not be read: they count in no row
         print(f"trust: pytest ended with {code}, and no row says why; nothing was written", file=sys.stderr)
         written = [False]

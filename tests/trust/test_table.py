@@ -13,9 +13,10 @@ BEGIN, END = "<!-- trust:begin -->", "<!-- trust:end -->"
 @pytest.fixture
 def trust(tmp_path, monkeypatch):
     module = load(TESTS.parent / "scripts" / "trust.py")
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    monkeypatch.setattr(module, "PAGES", (page,))
+    for name in ("FRONT", "PAGE"):
+        page = tmp_path / f"{name}.md"
+        page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+        monkeypatch.setattr(module, name, page)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 
@@ -39,7 +40,7 @@ def run(trust, monkeypatch, cases, *arguments, code=0):
         return code
 
     monkeypatch.setattr(trust, "run_tests", write)
-    return trust.main(list(arguments)), trust.PAGES[0].read_text()
+    return trust.main(list(arguments)), trust.PAGE.read_text()
 
 
 GOOD = ("R4", [("faults", "5"), ("bad", "0"), ("control", "2 differ"), ("control_seen", "2")], "")
@@ -56,6 +57,9 @@ def test_a_clean_run_is_written_down_and_told_apart_by_row(trust, monkeypatch, c
     assert "| 7 | 0 | *none* | fast |" in page
     assert f"17 faults in 2 of {len(trust.ROWS)} rows" in page
     assert "| R1 |" in capsys.readouterr().out
+    front = trust.FRONT.read_text()
+    assert "| 17 | 0 | 1 of 2 |" in front  # R9 has no control
+    assert "\nold\n" not in front
 
 
 @pytest.mark.parametrize(
