@@ -22,6 +22,8 @@ from anabranch.errors import UsageError
         (["demo", "transferr"], "did you mean transfer?"),
         (["completion", "fsh"], "did you mean fish?"),
         (["measure", "--step=3"], "did you mean --steps?"),
+        (["measure", "--no-resume"], "did you mean --resume?"),
+        (["demo", "--topic", "erase"], "no option --topic"),
         (["erase", "train", "--lables", "x"], "did you mean --labels?"),
         (["align", "eval", "--jugde", "x"], "did you mean --judge?"),
         (["experts", "rank", "--taret", "x"], "did you mean --target?"),

@@ -122,3 +122,11 @@ def test_only_what_has_a_gradient_somewhere_gets_the_mean_one():
         parameter.requires_grad_(False)
     average_gradients(model)  # experts alone learn: nothing is in common
     assert torch.equal(own.grad, torch.ones_like(own))
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_the_whole_layer_learns_again():
+    """Put back for another stage of training, its experts are not frozen."""
+    plain = ExpertParallel(worker.mixture("packed", 0), [0] * worker.EXPERTS).whole()
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    assert not ExpertParallel(worker.mixture("packed", 0).eval(), [0] * worker.EXPERTS).whole().training

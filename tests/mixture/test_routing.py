@@ -24,6 +24,7 @@ from anabranch.mixture import (
     routings,
     straight_through,
 )
+from anabranch.mixture.context import Frame
 from anabranch.mixture.routing import Adjust
 from anabranch.testing import check_router
 
@@ -255,3 +256,21 @@ def test_gate_noise_is_a_share_of_the_experts_unless_it_is_given(shape):
     assert torch.equal(GateNoise()(logits, torch.ones_like), torch.full(shape, 1 / 4))
     assert torch.equal(GateNoise(0.3)(logits, torch.ones_like), torch.full(shape, 0.3))
     assert float(GateNoise()(logits, None)) == float(GateNoise(0.0)(logits, torch.ones_like)) == 0.0
+
+
+def test_a_router_over_fewer_experts_than_it_chooses_is_refused(small):
+    with pytest.raises(ValueError, match=r"top_k: expected 1..num_experts \(1\), received 2"):
+        small.token_router(top_k=2).take([3])
+
+
+def test_what_is_chosen_under_noise_is_what_is_likeliest_under_the_same_noise(small):
+    """The noise is a part of p: with another one, or the opposite one, a weight would be of an expert nobody chose."""
+    router = small.token_router(top_k=2).train()
+    router.adjust[0].std = 3.0
+    context = Context(generator=small.seeded(1))
+    with torch.no_grad():
+        routing = router(torch.randn(4, 8, small.width, generator=small.seeded(2)), Frame(context, seed=5))
+    assert torch.equal(routing.scores.topk(2).indices, routing.selected_experts)
+    assert not torch.equal(routing.router_logits.topk(2).indices, routing.selected_experts)
+    chosen = routing.scores.gather(1, routing.selected_experts)
+    torch.testing.assert_close(routing.routing_weights, chosen / chosen.sum(1, keepdim=True))

@@ -67,6 +67,17 @@ def test_switched_off_and_merged_it_is_peft_s_own(tied):
     torch.testing.assert_close(model(TOKENS).logits, on, atol=1e-5, rtol=1e-5)
 
 
+def test_peft_s_forward_with_its_copy_of_the_table_is_not_run(monkeypatch):
+    model = adapted(tied=False)
+    expected = model(TOKENS).logits
+    light_token_rows(model)
+    kinds = {module.kind for module in model.modules() if hasattr(module, "trainable_tokens_delta")}
+    for kind in kinds:
+        monkeypatch.setattr(kind, "forward_adapters", None)
+    assert kinds
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
 def test_a_head_with_a_bias_is_left_to_peft():
     model = adapted(tied=False, bias=True)
     expected, gradients = values(copy.deepcopy(model))
