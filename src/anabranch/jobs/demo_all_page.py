@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 
 from anabranch.errors import DONE
-from anabranch.jobs import pages
 from anabranch.jobs.align import demo_page as align_demo_page
 from anabranch.jobs.align import eval_page as align_eval_page
 from anabranch.jobs.demo_all import NUMBERS, PAGE, finished, in_words, read_record
@@ -20,7 +19,7 @@ from anabranch.jobs.erase import demo_page as erase_demo_page
 from anabranch.jobs.erase.demo import PICTURES
 from anabranch.jobs.experts import demo_page as experts_demo_page
 from anabranch.jobs.settings import DEMOS
-from anabranch.jobs.transfer import demo_page
+from anabranch.jobs.transfer import demo_page, measure_page
 from anabranch.report.page import Figure, Page, Section, write
 from anabranch.swap import DISK_ERRORS
 
@@ -118,9 +117,13 @@ def read(folder: Path, topic: str) -> dict[str, Any]:
 def transfer(folder: Path) -> Shown:
     result = read(folder, "transfer")
     measured = json.loads((folder / "transfer.json").read_text(encoding="utf-8"))
-    said = [pages.transfer_lead(measured)[0], *demo_page.planted_lead(result), *demo_page.experts_lead(result)[-1:]]
+    said = [
+        measure_page.transfer_lead(measured)[0],
+        *demo_page.planted_lead(result),
+        *demo_page.experts_lead(result)[-1:],
+    ]
     budget = f"{measured['seeds']} seeds, {result['steps']:,} + {result['steps']:,} steps of a model."
-    return Shown(said, pages.transfer_matrix(measured).figures[0], budget)
+    return Shown(said, measure_page.transfer_matrix(measured).figures[0], budget)
 
 
 def erase(folder: Path) -> Shown:

@@ -1,278 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of the jobs, built from the files of a run alone, so that a stopped run has one too."""
+"""`anabranch report RUN`: the page of a run again, from its files alone, so that a stopped run has one too."""
 
-import json
-from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from anabranch.errors import UsageError
-from anabranch.report.figures import curves, matrix
-from anabranch.report.page import Page, Section, Table, write
-from anabranch.report.text import estimate, points
 
-ENOUGH_TEST_IMAGES = 100
-
-
-def ends(cells: Sequence[Sequence[dict[str, Any]]], name: str) -> list[list[float | None]]:
-    """One number out of every interval of a table."""
-    return [[cell[name] for cell in row] for row in cells]
-
-
-def estimated(interval: dict[str, Any]) -> str:
-    return estimate(interval["mean"], interval["low"], interval["high"])
-
-
-def write_transfer_page(run: Path) -> Path:
-    """report.html of a run of `measure`, finished or not."""
-    file = run / "transfer.json"
-    if not file.exists():
-        return write(unfinished(run), run / "report.html")
-    result = json.loads(file.read_text(encoding="utf-8"))
-    page = Page(
-        title="Does sharing hurt?",
-        lead=transfer_lead(result),
-        facts=transfer_facts(result),
-        sections=transfer_sections(result),
-    )
-    return write(page, run / "report.html")
-
-
-def unfinished(run: Path) -> Page:
-    done = [json.loads(path.read_text()) for path in sorted((run / "models").glob("*.json"))]
-    rows = [[cell["model"], cell["seed"], cell["steps"], cell["losses"][-1][1], cell["seconds"]] for cell in done]
-    columns = ["learned from", "seed", "steps", "training loss", "seconds"]
-    return Page(
-        title="Does sharing hurt? (unfinished)",
-        lead=[
-            f"{len(done)} models are finished; no verdict follows from them yet.",
-            "The same command with --resume goes on.",
-        ],
-        sections=[Section("Finished models", tables=[Table("Models", columns, rows)])],
-    )
-
-
-def transfer_lead(result: dict[str, Any]) -> list[str]:
-    hurt = [task["task"] for task in result["tasks"] if task["verdict"] == "hurt by sharing"]
-    total = len(result["tasks"])
-    if hurt:
-        first = f"One shared model hurts {len(hurt)} of {total} tasks: {', '.join(hurt)}."
-    else:
-        first = f"No task of {total} is shown to be hurt by one shared model at this budget."
-    gap, specific = result["mean_gap_own"], result["mean_specificity"]
-    return [
-        first,
-        f"Mean over tasks: learning from a task's own source instead of the mixture gains {estimated(gap)} points; "
-        f"the matching source beats the other sources by {estimated(specific)} points "
-        f"(95 % intervals over {result['seeds']} seeds).",
-    ]
-
-
-def transfer_facts(result: dict[str, Any]) -> list[tuple[str, object]]:
-    return [
-        ("sources", ", ".join(f"{name} ({count:,})" for name, count in result["sources"].items())),
-        ("seeds", result["seeds"]),
-        ("score", result["primary"]),
-        ("budget", result["budget"]),
-        ("processor time", f"{result['seconds'] / 60:.1f} minutes"),
-    ]
-
-
-def transfer_sections(result: dict[str, Any]) -> list[Section]:
-    sections = [verdicts(result), transfer_matrix(result), *few_test_images(result)]
-    if result["harm"]:
-        sections.append(harm_section(result))
-    sections += [learning(result), why(result), second_probe(result)]
-    if result["quarantine"]:
-        rows = [[name, count] for name, count in result["quarantine"].items()]
-        sections.append(
-            Section("Unreadable images", tables=[Table("Left out", ["folder", "images"], rows)], kind="caution")
-        )
-    return sections
-
-
-def verdicts(result: dict[str, Any]) -> Section:
-    rows = [
-        [
-            t["task"],
-            t["verdict"],
-            t["cause"],
-            estimated(t["gap_own"]),
-            estimated(t["specificity"]),
-            t["best"],
-            estimated(t["ntg"]),
-        ]
-        for t in result["tasks"]
-    ]
-    columns = ["task", "verdict", "cause", "gap to own source", "specificity", "best source", "gap to best source"]
-    notes = [
-        "gap to own source: accuracy after learning from the task's own source minus after learning from all, in "
-        "points.",
-        "specificity: own source minus the mean of the others. Where it is not above zero, any small source would have "
-        "done as well: the mixture trains more slowly, which longer training mends and experts do not.",
-        "gap to best source: the source is chosen on one half of the test images and reported on the other.",
-    ]
-    return Section(
-        "The verdict for each task",
-        text=[*(task["sentence"] for task in result["tasks"]), f"Budget, {result['budget_in_words']}."],
-        tables=[Table("Verdicts", columns, rows, notes)],
-    )
-
-
-def few_test_images(result: dict[str, Any]) -> list[Section]:
-    few = {task: count for task, count in result["test_images"].items() if count < ENOUGH_TEST_IMAGES}
-    if not few:
-        return []
-    listed = ", ".join(f"{task} ({count})" for task, count in few.items())
-    text = [
-        f"Few test images: {listed}. The intervals are over seeds and do not hold the uncertainty of so small a test."
-    ]
-    return [Section("Small tests", text=text, kind="caution")]
-
-
-def transfer_matrix(result: dict[str, Any]) -> Section:
-    table = result["matrix"]
-    cells = table["minus_shared"]
-    figure = matrix(
-        *(ends(cells, name) for name in ("mean", "low", "high")),
-        table["rows"][:-1],
-        table["columns"],
-        "Points gained over the shared model",
-        row_title="learned from",
-        column_title="wanted for",
-    )
-    rows = [
-        [name, *(f"{cell['mean']:.1f}" for cell in row)]
-        for name, row in zip(table["rows"], table["accuracy"], strict=True)
-    ]
-    floor = result["curves"]["all"]["per_task"]
-    rows.append(["nothing (the floor)", *(f"{floor[task][0]:.1f}" for task in table["columns"])])
-    accuracy = Table("Accuracy in percent", ["learned from", *table["columns"]], rows)
-    text = [
-        "Rows are what a model learned from, columns what is wanted of it. Blue: better than one model for everything; "
-        "orange: worse. A blue cell on the diagonal with orange around it is semantic negative transfer."
-    ]
-    return Section("What each source is good for", text=text, figures=[figure], tables=[accuracy])
-
-
-def harm_section(result: dict[str, Any]) -> Section:
-    figure = matrix(
-        *(ends(result["harm"], name) for name in ("mean", "low", "high")),
-        list(result["sources"]),
-        result["matrix"]["columns"],
-        "Points gained by leaving a source out",
-        row_title="left out",
-        column_title="wanted for",
-    )
-    return Section(
-        "Which source harms", text=["Above zero: the task is better off without that source."], figures=[figure]
-    )
-
-
-def learning(result: dict[str, Any]) -> Section:
-    shown = {name: curve for name, curve in result["curves"].items() if not name.startswith("without-")}
-    accuracy = curves(
-        {
-            name: (curve["steps"], *([point[end] for point in curve["accuracy"]] for end in ("mean", "low", "high")))
-            for name, curve in shown.items()
-        },
-        "optimiser steps",
-        "accuracy, mean over tasks (%)",
-        "Is the shared model still learning?",
-    )
-    losses = curves(
-        {
-            name: ([x for x, _ in curve["loss"]], [y for _, y in curve["loss"]], None, None)
-            for name, curve in shown.items()
-        },
-        "optimiser steps",
-        "training loss",
-        "Training loss, first seed",
-    )
-    return Section(
-        "Learning curves",
-        text=["Where the curve of all still rises at its end, a longer run may close a gap without any expert."],
-        figures=[accuracy, losses],
-    )
-
-
-def why(result: dict[str, Any]) -> Section:
-    names = list(result["sources"])
-    related = Table(
-        "Share of a task's images that look like a source (nearest centroid, shared model)",
-        ["task", *names],
-        [
-            [task, *(f"{100 * share:.0f} %" for share in row)]
-            for task, row in zip(result["matrix"]["columns"], result["relatedness"], strict=True)
-        ],
-        [f"The most related source is also the best one for {100 * result['relatedness_agrees']:.0f} % of the tasks."],
-    )
-    conflict = Table(
-        "Cosine between the sources' gradients at the shared model",
-        ["", *names],
-        [[name, *(f"{cosine:+.2f}" for cosine in row)] for name, row in zip(names, result["conflict"], strict=True)],
-        ["The diagonal compares two batches of one source: a pair conflicts if it lies below both its diagonals."],
-    )
-    return Section("Why", tables=[related, conflict])
-
-
-def second_probe(result: dict[str, Any]) -> Section:
-    rows = [
-        [
-            task["task"],
-            points(task["gap_own"]["mean"]),
-            estimated(task["gap_own"]),
-            estimated(task["specificity"]),
-            task["verdict"],
-        ]
-        for task in result["knn"]["tasks"]
-    ]
-    columns = ["task", "gap", "gap with interval", "specificity", "verdict"]
-    text = ["Nearest neighbours instead of a linear probe: a second opinion, not a second vote."]
-    return Section("The same with nearest neighbours", text=text, tables=[Table("kNN", columns, rows)], kind="detail")
+KINDS = {
+    "demos.json": ("demo_all_page", "write_demos_page"),
+    "experts-demo.json": ("experts.demo_page", "write_experts_demo_page"),
+    "sdr.json": ("transfer.sdr_page", "write_subnet_page"),
+    "shown.safetensors": ("erase.demo_page", "write_erase_demo_page"),
+    "align-demo.json": ("align.demo_page", "write_align_demo_page"),
+    "demo.json": ("transfer.demo_page", "write_demo_page"),
+    "models": ("transfer.measure_page", "write_transfer_page"),
+    "base": ("transfer.pretrain_page", "write_pretrain_page"),
+    "base-training": ("transfer.pretrain_page", "write_pretrain_page"),
+    "metrics.jsonl": ("transfer.pretrain_page", "write_pretrain_page"),
+    "training": ("training_page", "write_training_page"),
+}
+"""What tells whose run it is, and who writes its page; the first that is there."""
 
 
 def write_page(run: Path) -> Path:
-    """report.html of any run, from its files."""
-    if (run / "demos.json").exists():
-        from anabranch.jobs.demo_all_page import write_demos_page
-
-        return write_demos_page(run)
-    if (run / "experts-demo.json").exists():
-        from anabranch.jobs.experts.demo_page import write_experts_demo_page
-
-        return write_experts_demo_page(run)
-    if (run / "sdr.json").exists():
-        from anabranch.jobs.transfer.sdr_page import write_subnet_page
-
-        return write_subnet_page(run)
-    if (run / "shown.safetensors").exists():
-        from anabranch.jobs.erase.demo_page import write_erase_demo_page
-
-        return write_erase_demo_page(run)
-    if (run / "align-demo.json").exists():
-        from anabranch.jobs.align.demo_page import write_align_demo_page
-
-        return write_align_demo_page(run)
-    if (run / "eval.json").exists() and (run / "answers.jsonl").exists():
-        from anabranch.jobs.align.eval_page import write_eval_page
-
-        return write_eval_page(run)
+    """report.html of any run."""
+    found = next((made_by for name, made_by in KINDS.items() if (run / name).exists()), None)
     if (run / "eval.json").exists():
+        if not (run / "answers.jsonl").exists():
+            raise UsageError(
+                f"the page of {run} is made with its pictures, which are not kept",
+                expected="a run whose page can be built again",
+                received="a run of anabranch erase eval",
+                hint=f"{run / 'report.html'} is complete; erase eval with another --out makes it anew",
+            )
+        found = "align.eval_page", "write_eval_page"
+    if found is None:
         raise UsageError(
-            f"the page of {run} is made with its pictures, which are not kept",
-            expected="a run whose page can be built again",
-            received="a run of anabranch erase eval",
-            hint=f"{run / 'report.html'} is complete; erase eval with another --out makes it anew",
+            f"{run} is not a run of anabranch", expected="a folder of one that trains, measures, evaluates or shows"
         )
-    if (run / "models").is_dir() and not (run / "demo.json").exists():
-        return write_transfer_page(run)
-    if (run / "demo.json").exists():
-        from anabranch.jobs.transfer.demo_page import write_demo_page
-
-        return write_demo_page(run)
-    if (run / "base").is_dir() or (run / "metrics.jsonl").exists() or (run / "base-training").is_dir():
-        from anabranch.jobs.transfer.pretrain_page import write_pretrain_page
-
-        return write_pretrain_page(run)
-    raise UsageError(f"{run} is not a run of anabranch", expected="a folder that measure, pretrain or demo wrote")
+    module, name = found
+    page: Path = getattr(import_module(f"anabranch.jobs.{module}"), name)(run)  # matplotlib is loaded with it
+    return page

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from anabranch.allocate.clusters.record import Clustering
-from anabranch.jobs.pages import ends, estimated, transfer_facts, transfer_lead, transfer_sections
 from anabranch.jobs.transfer.corpus import mixture, open_together
 from anabranch.jobs.transfer.effects import SCOPES, arm_name
 from anabranch.jobs.transfer.embed import embed
+from anabranch.jobs.transfer.measure_page import ends, estimated, transfer_facts, transfer_lead, transfer_sections
 from anabranch.jobs.transfer.pretrain_page import cluster_section
 from anabranch.models import vit_mae
 from anabranch.report.figures import Effect, Matrix, curves, forest, loads, two_matrices

@@ -88,7 +88,7 @@ def measure(settings: MeasureSettings) -> Results:
         result = conclude(settings, corpus, cells, results)
         if rank() == 0:
             write_json(run.path / "transfer.json", result)
-    from anabranch.jobs.pages import write_transfer_page
+    from anabranch.jobs.transfer.measure_page import write_transfer_page
 
     if rank() == 0:
         write_transfer_page(settings.out)

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anabranch.jobs.pages import transfer_facts, transfer_lead, transfer_sections
 from anabranch.jobs.transfer.demo_page import arm_table, compared, effect_section
+from anabranch.jobs.transfer.measure_page import transfer_facts, transfer_lead, transfer_sections
 from anabranch.jobs.transfer.sdr_compare import DIAL, collapse_rows, harmed
 from anabranch.report.figures import curves
 from anabranch.report.page import Figure, Page, Section, Table, write
