@@ -19,6 +19,7 @@ QUESTIONS = {
     ("mea",): ["measure"],
     ("erase", ""): ["scan", "train", "sample", "eval", "bake"],
     ("align", "e"): ["eval", "export"],
+    ("erase", "train"): ["train"],
     ("demo", ""): ["all", *DEMOS],
     ("measure", "--ob"): ["--objective"],
     ("measure", "--objective", ""): ["mae", "simsiam", "byol"],

@@ -23,7 +23,7 @@ from anabranch.errors import UsageError
         (["completion", "fsh"], "did you mean fish?"),
         (["measure", "--step=3"], "did you mean --steps?"),
         (["measure", "--no-resume"], "did you mean --resume?"),
-        (["demo", "--topic", "erase"], "no option --topic"),
+        (["demo", "--topic", "erase"], "anabranch demo TOPIC"),
         (["erase", "train", "--lables", "x"], "did you mean --labels?"),
         (["align", "eval", "--jugde", "x"], "did you mean --judge?"),
         (["experts", "rank", "--taret", "x"], "did you mean --target?"),

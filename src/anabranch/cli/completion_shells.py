@@ -53,7 +53,12 @@ def cases(places: "Sequence[Place]") -> str:
     lines = ["_anabranch_cases() {", '  local place="$first"', '  case "$first $second" in']
     nested = [shlex.quote(" ".join(place.words)) for place in places if len(place.words) == 2]
     lines += [f'    {name}) place="$first $second" ;;' for name in nested]
-    lines += ["  esac", '  if [[ $at == 1 ]]; then place=""; fi', '  case "$place $prev" in']
+    lines += [
+        "  esac",
+        '  if [[ $at == 1 ]]; then place=""; fi',
+        '  if [[ $at == 2 ]]; then place="$first"; fi',
+        '  case "$place $prev" in',
+    ]
     for place in places:
         here = " ".join(place.words)
         for flag, values in place.flags:

@@ -23,7 +23,9 @@ def parse(flags: type[Flags], argv: list[str], command: str) -> Flags:
     known = [*fields, "--help"]
     for name, value in written(argv):
         if name not in known:
-            raise UsageError(f"anabranch {command} has no option {name}", hint=did_you_mean(name, known))
+            by_place = any(spelled(field) == name for field in dataclasses.fields(flags))
+            hint = f"anabranch {command} {name[2:].upper()}" if by_place else did_you_mean(name, known)
+            raise UsageError(f"anabranch {command} has no option {name}", hint=hint)
         if name in fields and value is not None:
             refuse(name, fields[name].type, value)
     if not argv and not any(map(required, dataclasses.fields(flags))):
