@@ -16,6 +16,7 @@ from anabranch.measure.experts.ranking.batches import Batch
 from anabranch.models.mixtures.families import tiny
 from anabranch.specialize.chosen_experts import ChosenExperts
 from anabranch.specialize.expert_tuning import (
+    Given,
     Kept,
     NextTokens,
     Training,
@@ -141,12 +142,12 @@ def test_a_stopped_training_goes_on_bit_for_bit_and_keeps_the_chosen_alone(tmp_p
 def test_rows_that_fill_a_shorter_batch_up_count_in_nothing():
     ids = torch.randint(3, 97, (3, 8), generator=torch.Generator().manual_seed(0))
     short, long = batch_of(ids[:2]), batch_of(ids)
-    found = [tiny("Mixtral"), tiny("Mixtral")]
-    one = tune(found[0], {"model.layers.1.mlp": [3]}, [short, long], Training(steps=1))
-    other = tune(found[1], {"model.layers.1.mlp": [3]}, [short], Training(steps=1))
-    both = tune(tiny("Mixtral"), {"model.layers.1.mlp": [3]}, [short, long], Training(steps=2))
-    assert one.losses == other.losses
-    assert both.losses[0] == pytest.approx(one.losses[0], abs=1e-6)
+    plain, filled = [Given([short]), Given([short, long])]
+    assert len(filled.batch(0)["learnt"]) == len(plain.batch(0)["learnt"]) + 1
+    plain, filled = [tune(tiny("Mixtral"), {"model.layers.1.mlp": [3]}, s, Training(steps=1)) for s in (plain, filled)]
+    assert filled.losses == pytest.approx(plain.losses, abs=1e-6)
+    for name, value in plain.adapter.tensors.items():
+        torch.testing.assert_close(filled.adapter.tensors[name], value, atol=1e-6, rtol=0)
 
 
 def test_a_slice_that_is_as_before_and_one_that_is_not_are_told_by_name():

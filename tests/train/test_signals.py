@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import signal
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -37,17 +38,28 @@ def test_a_signal_in_an_inner_loop_stops_the_outer_ones_and_those_that_follow():
         assert not later.is_set
 
 
-def test_outside_the_main_thread_it_is_never_set():
+def asked_in_a_thread():
     seen = []
 
     def loop():
-        with StopFlag() as stop:
-            seen.append(stop.is_set)
+        with StopFlag() as outer, StopFlag() as stop:
+            seen.append((outer.is_set, stop.is_set))
+            with pytest.raises(Stopped) if stop.is_set else nullcontext():
+                stop.check("drawing stopped")
 
     thread = threading.Thread(target=loop)
     thread.start()
     thread.join()
-    assert seen == [False]
+    return seen
+
+
+def test_outside_the_main_thread_it_is_set_as_the_main_one_is():
+    assert asked_in_a_thread() == [(False, False)]
+    with StopFlag():
+        assert asked_in_a_thread() == [(False, False)]
+        signal.raise_signal(signal.SIGTERM)
+        assert asked_in_a_thread() == [(True, True)]
+    assert asked_in_a_thread() == [(False, False)]
 
 
 def test_a_second_signal_ends_the_process_at_once(start_worker):

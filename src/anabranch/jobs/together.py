@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, Stopped
 from anabranch.jobs.parallel import POLL_SECONDS
 from anabranch.train.processes import launched, naming_the_lost, processes
 from anabranch.train.signals import StopFlag
@@ -68,13 +68,16 @@ def first_alone(work: Callable[[], Result]) -> Result | None:
     worker = threading.Thread(target=_work, args=(work, torch.get_num_threads(), found, failed), daemon=True)
     if rank() == 0:
         worker.start()
-    state = [0.0, 0.0]
+    state = [0.0, 0.0, 0.0]
     while not any(state):
         if rank() == 0:
             worker.join(POLL_SECONDS)
-        state = summed(float(bool(found)), float(bool(failed)))
+        stopped = bool(failed) and isinstance(failed[0], Stopped)
+        state = summed(float(bool(found)), float(bool(failed)), float(stopped))
     if failed:
         raise failed[0]
+    if state[2]:
+        raise Stopped("stopped on request, as the first process was")
     if state[1]:
         raise AnabranchError("the first process failed", hint="its output says why")
     return found[0] if found else None

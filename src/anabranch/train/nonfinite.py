@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anabranch.train.sharded import local
+from anabranch.train.sharded import computing, local
 
 
 def first_non_finite(objective: nn.Module, batch: Mapping[str, Tensor], forward: Callable[[], Any]) -> str:
@@ -19,7 +19,7 @@ def first_non_finite(objective: nn.Module, batch: Mapping[str, Tensor], forward:
     for name, tensor in batch.items():
         if not _finite(tensor):
             return f"the batch entry {name!r}"
-    for name, parameter in objective.named_parameters():
+    for name, parameter in (pair for root in _roots(objective) for pair in root.named_parameters()):
         if not _finite(parameter):
             return f"the parameter {name!r}, before this step"
     module = _first_module(objective, forward)
@@ -41,7 +41,8 @@ def _first_module(objective: nn.Module, forward: Callable[[], Any]) -> str | Non
 
         return hook
 
-    handles = [module.register_forward_hook(remember(name)) for name, module in objective.named_modules()]
+    modules = {module: name for root in reversed(_roots(objective)) for name, module in root.named_modules()}
+    handles = [module.register_forward_hook(remember(name)) for module, name in modules.items()]
     try:
         with torch.no_grad():
             forward()
@@ -49,6 +50,11 @@ def _first_module(objective: nn.Module, forward: Callable[[], Any]) -> str | Non
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+def _roots(objective: nn.Module) -> list[nn.Module]:
+    """What computes may be held where torch does not see it, so that no checkpoint has it."""
+    return [objective, *(module for module in computing(objective) if module is not objective)]
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:

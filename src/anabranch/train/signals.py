@@ -20,20 +20,26 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Context manager; outside the main thread, where Python allows no handlers, it is simply never set."""
+    """Context manager; outside the main thread, where Python allows no handlers, it is set as the main one's is."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._main: StopFlag | None = None
 
     @property
     def is_set(self) -> bool:
-        return self.received is not None
+        return self.number is not None
+
+    @property
+    def number(self) -> int | None:
+        """Of the signal that came."""
+        return self.received if self._main is None else self._main.number
 
     def check(self, what: str) -> None:
         """Raise Stopped if a signal came; for loops that have nothing to save first."""
-        if self.received is not None:
-            raise Stopped(f"{what} ({signal.Signals(self.received).name} received)")
+        if (number := self.number) is not None:
+            raise Stopped(f"{what} ({signal.Signals(number).name} received)")
 
     def __enter__(self) -> "StopFlag":
         if threading.current_thread() is threading.main_thread():
@@ -41,6 +47,9 @@ class StopFlag:
             for number in STOP_SIGNALS:
                 signal.signal(number, self._handle)
             self.received = next((flag.received for flag in self._outer_flags() if flag.is_set), None)
+        else:
+            owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            self._main = owner if isinstance(owner, StopFlag) else None
         return self
 
     def __exit__(self, *exception: object) -> None:

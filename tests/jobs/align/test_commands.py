@@ -218,6 +218,7 @@ def test_wrong_use_of_the_commands(world, tmp_path, capsys):
         (["chat", *model, *experts, "--mode", "analysis", "--prompt", "w1"], "goes forward"),
         (["generate", *model, *experts, "--questions", tmp_path / "q.txt", "--batch-size", "0"], "needs a row"),
         (["generate", *model, "--experts", tmp_path, "--questions", tmp_path / "q.txt"], "holds no step experts"),
+        (["generate", *model, *experts, "--questions", tmp_path / "q.txt", "--out", tmp_path], "cannot be written"),
     ):
         assert run("align", *arguments) == 2
         assert says in capsys.readouterr().err

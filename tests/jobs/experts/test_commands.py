@@ -389,6 +389,7 @@ def test_protected_experts_stay_whatever_their_score(world, tmp_path):
         (("--target", "nobody"), "know no 'nobody'"),
         (("--target", "nobody", "--by", "naee"), "a target has no text"),
         (("--target", "ab", "--protect", "9.9"), "there is no expert 9.9"),
+        (("--target", "ab", "--set", "controls=-1"), "controls cannot be fewer than none"),
     ],
 )
 def test_what_can_not_be_pruned_is_said_and_nothing_is_written(world, tmp_path, arguments, says, capsys):

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants
 
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.measure.experts.statistics import ExpertStats
-from anabranch.models.hub.pretrained import PORTABLE, RUNS_CODE
+from anabranch.models.hub.pretrained import PORTABLE, RUNS_CODE, Pretrained
 from anabranch.models.mixtures.adapter import ExpertAdapter, difference
 from anabranch.models.mixtures.families import tiny
 from anabranch.models.mixtures.layers import mixture_layers
@@ -324,3 +324,43 @@ def test_what_is_asked_for_is_downloaded_and_of_it_only_what_is_read(hub, tmp_pa
     assert len(hub.asked) == asked, "from here on it is in the cache"
     with pytest.raises(AnabranchError, match="could not be downloaded"):
         Recipe.from_pretrained("owner/unheard-of", cache_dir=tmp_path, local_files_only=False)
+
+
+class InFolders(Pretrained):
+    """A kind with its weights in a subfolder."""
+
+    MARK = "kind.json"
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def write_files(self, folder):
+        (folder / "kind.json").write_text("{}")
+        (folder / "shared").mkdir()
+        for name in self.parts:
+            (folder / "shared" / name).write_text(name)
+
+    def card(self):
+        return "card"
+
+
+def test_of_a_subfolder_that_is_written_again_notes_stay_and_weights_do_not(tmp_path):
+    folder = tmp_path / "kind"
+    InFolders(["1.safetensors", "2.safetensors"]).save_pretrained(folder)
+    (folder / "shared" / "NOTES.md").write_text("mine")
+    (folder / "shared" / "pictures").mkdir()
+    (folder / "shared" / "pictures" / "a.png").write_text("mine")
+    folder.chmod(0o700)
+    InFolders(["1.safetensors"]).save_pretrained(folder)
+    kept = {path.relative_to(folder / "shared").as_posix() for path in (folder / "shared").rglob("*")}
+    assert kept == {"1.safetensors", "NOTES.md", "pictures", "pictures/a.png"}
+    assert folder.stat().st_mode & 0o777 == 0o700, "who may open it has not changed"
+
+
+def test_a_folder_whose_parent_cannot_be_written_is_refused_in_words(tmp_path, monkeypatch):
+    RECIPE.save_pretrained(tmp_path / "recipe")
+    before = (tmp_path / "recipe" / "steer.json").read_bytes()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UsageError, match="which is not to be written"):
+        RECIPE.save_pretrained(tmp_path / "recipe")
+    assert (tmp_path / "recipe" / "steer.json").read_bytes() == before

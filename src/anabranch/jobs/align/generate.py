@@ -16,10 +16,11 @@ from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import question_ids
-from anabranch.specialize.mote.folder import fingerprint, load, read_manifest
+from anabranch.specialize.mote.folder import fingerprint, load, read_manifest, tokenizer_hash
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, Chain, generate, plain_answers
 from anabranch.specialize.mote.mote import MoTE
 from anabranch.swap import sync
+from anabranch.train.publish import digest_of
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
@@ -58,13 +59,14 @@ def align_generate(settings: GenerateSettings) -> dict[str, Any]:
     """Write settings.out, a row a question; returns how many tokens each step took on average."""
     if settings.batch_size < 1:
         raise UsageError("a batch needs a row", expected="at least 1", received=settings.batch_size)
+    if settings.out.is_dir():
+        raise UsageError(f"{settings.out} cannot be written", expected="a file, such as answers.jsonl",
+                         received="a folder")  # fmt: skip
     questions = read_questions(settings.questions)
     with StopFlag() as stop:
         speaker = Speaker(settings)
         with RunFolder.open(run_of(settings.out), plain_values_of(settings), settings.resume) as run:
-            experts = [] if settings.experts is None else [read_manifest(settings.experts)]
-            seen = {"model": fingerprint(speaker.model), "experts": fingerprint_of(experts)}
-            same_as_before(run.path / SEEN, seen | {"questions": fingerprint_of(questions)})
+            same_as_before(run.path / SEEN, seen(settings, speaker, questions))
             rows = answered(settings, speaker, questions, run.path / JOURNAL, stop)
             unfinished = settings.out.with_name(f".{settings.out.name}.unfinished")
             unfinished.write_text("".join(map(line_of, rows)), encoding="utf-8", newline="\n")
@@ -84,6 +86,18 @@ def align_generate(settings: GenerateSettings) -> dict[str, Any]:
     say("tokens a question: " + ", ".join(f"{step} {count:.1f}" for step, count in facts["tokens"].items()))
     say(f"\nanswers  {settings.out}")
     return facts
+
+
+def seen(settings: GenerateSettings, speaker: Speaker, questions: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What a run that goes on has to see again."""
+    folder, own, experts = settings.experts, speaker.tokenizer, list[Any]()
+    if folder is not None:
+        weights = sorted(folder.glob("*/*.safetensors"))
+        experts = [read_manifest(folder), *((file.relative_to(folder), digest_of(file).sha256) for file in weights)]
+    return {
+        "model": fingerprint(speaker.model), "experts": fingerprint_of(experts),
+        "tokenizer": fingerprint_of([tokenizer_hash(own), own.chat_template]), "questions": fingerprint_of(questions),
+    }  # fmt: skip
 
 
 def answered(

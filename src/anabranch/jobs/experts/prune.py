@@ -24,6 +24,7 @@ from anabranch.jobs.experts.written import (
     Losses,
     averaged,
     change,
+    check_controls,
     losses_by_label,
     own_stats,
     tell_losses,
@@ -51,6 +52,7 @@ def experts_prune(settings: PruneSettings) -> dict[str, Any]:
         CheckFailed: written all the same, where the pruned model is not what the masked one was.
     """
     refuse_other_results(settings.out, RESULT)
+    check_controls(settings.controls)
     check(settings)
     with hushed():
         model, tokenizer = open_language_model(settings.model)

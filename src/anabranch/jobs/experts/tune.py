@@ -27,6 +27,7 @@ from anabranch.jobs.experts.written import (
     Changed,
     Losses,
     change,
+    check_controls,
     losses_by_label,
     own_stats,
     tell_losses,
@@ -35,6 +36,7 @@ from anabranch.jobs.experts.written import (
 from anabranch.jobs.progress import say
 from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
+from anabranch.jobs.together import first_alone
 from anabranch.measure.experts.statistics import ExpertStats
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.adapter import MANIFEST
@@ -96,12 +98,9 @@ def experts_tune(settings: TuneSettings) -> dict[str, Any]:
         tuned = train(task, config, folder)
         report = touched(digests, digest_by_slice(model), tuned.adapter.experts)
         told = described(task, tuned, report, {settings.by: changes(before, task.ask()), **control})
+        first_alone(lambda: write(task, tokenizer, run.path, tuned, told))
         if processes().is_main_process:
-            write_adapter(settings, run.path, tuned, told)
-            if settings.merged is not None:
-                write_checkpoint(model, tokenizer, settings.merged, told, experts_card("tuned", told, settings))
             tell(settings, told, tuned, before)
-        processes().wait_for_everyone()
     refuse_nothing_learnt(settings.by, task.learnt.label, told["losses"][settings.by][task.learnt.label])
     return told
 
@@ -130,6 +129,7 @@ def scores_of(settings: TuneSettings, stats: ExpertStats) -> Tensor:
 
 def method_config(settings: TuneSettings) -> esft.Config | ceft.Config:
     config: esft.Config | ceft.Config
+    check_controls(settings.controls)
     shared = {"steps": settings.steps, "learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay}
     try:
         if settings.num:
@@ -189,6 +189,13 @@ def described(task: Task, tuned: Tuned, report: TouchReport, rows: dict[str, dic
         "touched": sorted(changed), "left_alone": len(names) - len(changed),
         "slices": {"changed": len(report.changed), "left_alone": len(report.left_alone)},
     }  # fmt: skip
+
+
+def write(task: Task, tokenizer: Any, folder: Path, tuned: Tuned, told: dict[str, Any]) -> None:
+    settings = task.settings
+    write_adapter(settings, folder, tuned, told)
+    if settings.merged is not None:
+        write_checkpoint(task.model, tokenizer, settings.merged, told, experts_card("tuned", told, settings))
 
 
 def write_adapter(settings: TuneSettings, out: Path, tuned: Tuned, told: dict[str, Any]) -> None:

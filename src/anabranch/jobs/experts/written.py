@@ -43,6 +43,11 @@ def told_of(before: float, found: Interval) -> Changed:
     }  # fmt: skip
 
 
+def check_controls(number: int) -> None:
+    if number < 0:
+        raise UsageError("controls cannot be fewer than none", expected="--set controls=0 or more", received=number)
+
+
 def own_stats(file: Path, model: Any) -> ExpertStats:
     """Statistics that were made on this very model.
 

@@ -28,6 +28,7 @@ RUNS_CODE = frozenset(
 )
 PORTABLE = ["*.safetensors", "*.json", "*.jsonl", "*.md", "*.txt", "*.yaml", "*.jinja", "*.model"]
 """What is fetched from a hub."""
+READ = frozenset({".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".model", ".txt"})
 MOST_FILES = 20_000
 
 
@@ -54,7 +55,8 @@ class Pretrained:
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> Path:
         """Fill a folder that is new, empty, or holds an earlier one of the same kind; `card` is its README.md.
 
-        The earlier one is whole until the new one is; whatever else is in the folder stays.
+        The earlier one is whole until the new one is; whatever else is in the folder stays, but for weights and
+        settings in subfolders that the new one has as well.
         """
         folder = Path(folder).resolve()
         if folder.exists() and not folder.is_dir():
@@ -70,9 +72,12 @@ class Pretrained:
         def fill(new: Path) -> None:
             self.write_files(new)
             (new / "README.md").write_text(self.card() if card is None else card, encoding="utf-8")
+            if folder.is_dir():
+                take_along(folder, new, without=self.leaves(folder))
+                as_it_was(folder, new)
             for path in [*new.rglob("*"), new]:
-                sync(path)
-            take_along(folder, new, without=self.leaves(folder))
+                if not path.is_symlink():
+                    sync(path)
 
         return swap_in(fill, folder)
 
@@ -127,6 +132,11 @@ def refuse_what_stays(folder: Path) -> None:
     Raises:
         UsageError: another folder cannot take its place, be it only for a shell that stands in it.
     """
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK):
+        raise UsageError(
+            f"{folder} cannot be replaced", expected="a place where a folder can be put beside it",
+            received=f"{folder.parent}, which is not to be written", hint=str(folder / "model"),
+        )  # fmt: skip
     here = Path.cwd().is_relative_to(folder)
     if here or folder.is_mount():
         raise UsageError(
@@ -136,15 +146,30 @@ def refuse_what_stays(folder: Path) -> None:
         )  # fmt: skip
 
 
-def take_along(folder: Path, new: Path, without: frozenset[str]) -> None:
-    """All that the earlier folder holds besides, without a copy where the disk can do that."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name in without or (new / entry.name).exists():
+def take_along(folder: Path, new: Path, without: frozenset[str] = frozenset()) -> None:
+    """All that the earlier folder holds besides, without a copy where the disk can do that.
+
+    Of a subfolder that the new one has as well, what a reader could take for the new one's stays behind.
+    """
+    for entry in folder.iterdir():
+        target = new / entry.name
+        if entry.name in without:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=link_or_copy)
-        else:
-            link_or_copy(entry, new / entry.name)
+            if target.is_dir():
+                read = frozenset(path.name for path in entry.iterdir() if path.suffix in READ)
+                take_along(entry, target, without=read)
+            else:
+                shutil.copytree(entry, target, symlinks=True, copy_function=link_or_copy)
+        elif not target.exists():
+            link_or_copy(entry, target)
+
+
+def as_it_was(folder: Path, new: Path) -> None:
+    """Whose it is and who may open it; on a system that lets its owner alone say so, as far as that goes."""
+    shutil.copystat(folder, new)
+    with suppress(OSError):
+        os.chown(new, folder.stat().st_uid, folder.stat().st_gid)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -127,6 +127,9 @@ def _entry(line: str, where: str) -> tuple[str, Entry]:
 
 
 def listed(entries: dict[str, Entry], path: Path) -> LookUp:
+    if not entries:
+        raise UsageError(f"{path} lists no images", expected="every image of the folder, also those without a box")
+
     def look_up(file: str, width: int, height: int) -> list[Detection]:
         if file not in entries:
             near = did_you_mean(file, entries) if len(entries) <= 20 else None
