@@ -238,3 +238,41 @@ def test_a_parameter_that_was_broken_before_is_named(tiny):
         objective.outer.weight[0, 0] = float("inf")
     with pytest.raises(AnabranchError, match=r"step 1: (.|\n)*the parameter 'outer.weight', before this step"):
         train(objective, tiny.TinyStream(), config())
+
+
+class Held(nn.Module):
+    """What computes is held beside torch's own registers, as a frozen model is whose weights no checkpoint has."""
+
+    def __init__(self, objective, model):
+        super().__init__()
+        self.objective, self.held = objective, (model,)
+
+    def computing(self):
+        return [*self.held, self.objective]
+
+    def forward(self, batch):
+        return {"loss": self.objective(batch)["loss"] + 0 * self.held[0](batch["x"]).sum()}
+
+
+class Divided(nn.Module):
+    def forward(self, x):
+        return x / 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "cause"),
+    [
+        (nn.Sequential(nn.Identity(), Divided()), "the output of the module '1'"),
+        (nn.Sequential(nn.LazyLinear(2)), "the parameter '0.weight', before this step"),
+    ],
+    ids=["module", "parameter"],
+)
+def test_a_place_in_a_model_that_is_held_is_named(tiny, broken, cause):
+    stream = tiny.TinyStream()
+    with torch.no_grad():
+        broken(stream.batch(0)["x"])
+        for parameter in broken.parameters():
+            parameter.fill_(float("nan"))
+    broken.requires_grad_(False)
+    with pytest.raises(AnabranchError, match=rf"step 1: (.|\n)*{cause}"):
+        train(Held(tiny.TinyObjective(), broken), stream, config())
