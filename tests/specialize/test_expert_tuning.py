@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from anabranch.errors import AnabranchError, CheckFailed, Stopped, UsageError
@@ -148,6 +149,16 @@ def test_rows_that_fill_a_shorter_batch_up_count_in_nothing():
     assert filled.losses == pytest.approx(plain.losses, abs=1e-6)
     for name, value in plain.adapter.tensors.items():
         torch.testing.assert_close(filled.adapter.tensors[name], value, atol=1e-6, rtol=0)
+
+
+def test_adapters_by_names_of_modules_miss_the_experts_and_slices_reach_them():
+    """An adapter on all linear layers trains none of the experts without a word: they are one parameter, no layers."""
+    adapted = get_peft_model(tiny("Mixtral"), LoraConfig(r=2, target_modules="all-linear"))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any(".self_attn." in name for name in trained)
+    assert not any(".experts." in name for name in trained)
+    chosen = ChosenExperts(tiny("Mixtral"), {"model.layers.1.mlp": [3]})
+    assert chosen.touches() == [f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
 
 
 def test_a_slice_that_is_as_before_and_one_that_is_not_are_told_by_name():
