@@ -151,14 +151,15 @@ def test_rows_that_fill_a_shorter_batch_up_count_in_nothing():
         torch.testing.assert_close(filled.adapter.tensors[name], value, atol=1e-6, rtol=0)
 
 
-def test_adapters_by_names_of_modules_miss_the_experts_and_slices_reach_them():
-    """An adapter on all linear layers trains none of the experts without a word: they are one parameter, no layers."""
-    adapted = get_peft_model(tiny("Mixtral"), LoraConfig(r=2, target_modules="all-linear"))
+def test_adapters_by_names_of_modules_miss_stacked_experts_and_slices_reach_them():
+    """PEFT has conversions for some families; in the others an adapter on all linear layers trains no expert."""
+    adapted = get_peft_model(tiny("GptOss"), LoraConfig(r=2, target_modules="all-linear"))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert any(".self_attn." in name for name in trained)
     assert not any(".experts." in name for name in trained)
-    chosen = ChosenExperts(tiny("Mixtral"), {"model.layers.1.mlp": [3]})
-    assert chosen.touches() == [f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    chosen = ChosenExperts(tiny("GptOss"), {"model.layers.1.mlp": [3]})
+    stacked = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    assert set(chosen.touches()) == {f"model.layers.1.mlp.experts.{name}" for name in stacked}
 
 
 def test_a_slice_that_is_as_before_and_one_that_is_not_are_told_by_name():
