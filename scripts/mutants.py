@@ -52,17 +52,28 @@ def variants(node: ast.AST) -> Iterator[Callable[[], None]]:
             yield lambda i=i, op=op: node.ops.__setitem__(i, OTHER[type(op)]())
     elif isinstance(node, (ast.BinOp, ast.AugAssign, ast.BoolOp)) and type(node.op) in OTHER:
         yield lambda: setattr(node, "op", OTHER[type(node.op)]())
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
-        yield lambda: setattr(node, "op", ast.UAdd() if isinstance(node.op, ast.USub) else ast.Invert())
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield lambda: setattr(node, "op", ast.UAdd())
+    elif is_not(node):
+        yield lambda: become(node, node.operand)
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         changed = not node.value if isinstance(node.value, bool) else node.value + 1
         yield lambda: setattr(node, "value", changed)
-    if isinstance(node, (ast.If, ast.IfExp)):
+    if isinstance(node, (ast.If, ast.IfExp)) and not is_not(node.test):  # else that of the test itself
         yield lambda: setattr(node, "test", ast.UnaryOp(ast.Not(), node.test))
     for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
         for i, statement in enumerate(body if isinstance(body, list) else ()):
             if can_go(statement):
                 yield lambda body=body, i=i: body.__setitem__(i, ast.Pass())
+
+
+def is_not(node: ast.AST) -> bool:
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+
+
+def become(node: ast.AST, other: ast.AST) -> None:
+    """In place: a node does not know its parent."""
+    node.__class__, node.__dict__ = other.__class__, other.__dict__
 
 
 def can_go(statement: ast.stmt) -> bool:

@@ -7,7 +7,8 @@
     python scripts/trust.py full --rows R4 R6   # some rows, printed and written nowhere
 
 Every number comes from the run that writes it: tests say what they injected (the fixture `counted`), pytest writes it
-down, this file adds up. Exit code 3 if a fault did harm, a test failed, or a control did not see the harm.
+down, this file adds up. Exit code 3 if a fault did harm, a test failed, or a control was missing or did not see the
+harm.
 """
 
 import argparse
@@ -88,11 +89,16 @@ class Row:
     notes: list[str] = field(default_factory=list)
     tiers: set[str] = field(default_factory=set)
     blind: bool = False
-    """A control did not see the harm."""
+    """A control saw no harm, or not all of it where all has to be seen."""
 
     @property
     def broken(self) -> bool:
         return bool(self.bad or self.failed or self.blind)
+
+    @property
+    def unproved(self) -> bool:
+        """It ran without a control, and no test was skipped that could be the control."""
+        return bool(self.tests and not self.controls and not self.skipped)
 
 
 def run_tests(tier: str, results: Path, only: list[str]) -> int:
@@ -155,7 +161,8 @@ def add(row: Row, case: ElementTree.Element, said: list[tuple[str, str]]) -> Non
     row.faults += int(values.get("faults", 1))
     row.bad += int(values.get("bad", 0))
     row.controls += [words for key, words in said if key == "control" and words not in row.controls]
-    row.blind |= any(float(number) <= 0 for key, number in said if key == "control_seen")
+    least = float(values.get("control_least", 1))
+    row.blind |= any(float(number) < least for key, number in said if key == "control_seen")
     row.notes += [words for key, words in said if key == "note" and words not in row.notes]
     if not done(case):
         row.failed.append(name)
@@ -163,7 +170,7 @@ def add(row: Row, case: ElementTree.Element, said: list[tuple[str, str]]) -> Non
 
 
 def table(rows: dict[str, Row], tier: str, when: str, only: list[str]) -> str:
-    lines = ["| | what | faults | harm | control | tier |", "| --- | --- | ---: | ---: | --- | --- |"]
+    lines = ["| | what | faults and checks | harm | control | tier |", "| --- | --- | ---: | ---: | --- | --- |"]
     for name, what in ROWS.items():
         row = rows.get(name)
         if only and name not in only:
@@ -181,7 +188,7 @@ def table(rows: dict[str, Row], tier: str, when: str, only: list[str]) -> str:
 
 def sums(rows: dict[str, Row], tier: str, when: str) -> str:
     """The front page's: a line a kind."""
-    lines = ["| | faults | harm | rows with a control that sees the harm |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| | faults and checks | harm | rows with a control that sees the harm |", "| --- | ---: | ---: | ---: |"]
     for kind, what in KINDS.items():
         ran = [row for name, row in rows.items() if name[0] == kind and row.tests]
         faults, bad = sum(row.faults for row in ran), sum(row.bad for row in ran)
@@ -197,7 +204,7 @@ def measured(rows: dict[str, Row], tier: str, when: str) -> str:
 def summary(rows: dict[str, Row]) -> str:
     ran = [row for row in rows.values() if row.tests]
     faults, bad = sum(row.faults for row in ran), sum(row.bad for row in ran)
-    return f"{faults:,} faults in {len(ran)} of {len(ROWS)} rows, {bad} of them did harm."
+    return f"{faults:,} faults and checks in {len(ran)} of {len(ROWS)} rows, {bad} of them did harm."
 
 
 def plain(words: str) -> str:
@@ -249,7 +256,10 @@ def main(arguments: list[str]) -> int:
         print(f"trust: failed: {name}", file=sys.stderr)
     if unknown or not rows:
         print(f"trust: rows without words: {', '.join(unknown) or 'all'}", file=sys.stderr)
-    broken = code != 0 or any(row.broken for row in rows.values())
+    unproved = [] if flags.rows else sorted(name for name, row in rows.items() if row.unproved)
+    if unproved:
+        print(f"trust: rows without a control: {', '.join(unproved)}", file=sys.stderr)
+    broken = code != 0 or unproved or any(row.broken for row in rows.values())
     return 3 if broken or unknown or not rows else 0 if all(written) else 1
 
 

@@ -25,7 +25,8 @@ def test_every_mistake_is_another_program_that_python_can_read():
     ("before", "after"),
     [
         ("if a < b: x()", {"if a <= b:", "if not a < b:", "pass"}),
-        ("x = not a and b", {"x = not a or b", "x = ~a and b"}),
+        ("x = not a and b", {"x = not a or b", "x = a and b"}),
+        ("if not a: x()", {"if a:", "pass"}),
         ("y = x[-1] + 2 * k", {"y = x[-1] - 2 * k", "y = x[+1] + 2 * k", "y = x[-2] + 2 * k", "y = x[-1] + 2 / k",
                                "y = x[-1] + 3 * k"}),
         ("def f(a: 'int | None' = 1) -> 'x | y': raise E", {"def f(a: 'int | None'=2) -> 'x | y':", "pass"}),

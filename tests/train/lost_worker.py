@@ -17,7 +17,7 @@ from tiny import TinyObjective, TinyStream
 from anabranch.errors import AnabranchError
 from anabranch.train import publish, sharded_checkpoint
 from anabranch.train.loop import TrainConfig, train
-from anabranch.train.processes import disconnect
+from anabranch.train.processes import TIMEOUT, disconnect
 
 HOW = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
@@ -40,6 +40,7 @@ class Fatal(TinyObjective):
 def main(run, sharding, how="", when=""):
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ.setdefault(TIMEOUT, "4" if how == "stopped" else "60")  # the end of a killed one is noticed at once
     objective = Fatal(dropout=0.3, batch_norm=False)
     when, _, number = when.partition("-")
     if how and when == "step" and rank == world - 1:

@@ -121,7 +121,6 @@ def test_every_flipped_bit_is_noticed_and_the_one_before_is_loaded(tmp_path, fli
     counted(flips, len(missed), control=(loads_anyway, "load without a word where nothing compares their sha-256"))
 
 
-@pytest.mark.row("R9")
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated"])
 def test_a_torn_checkpoint_is_walked_past(tmp_path, file, damage):

@@ -19,14 +19,14 @@ CASES = [("none", "killed", "step"), ("full", "killed", "step"), ("none", "kille
 STOPPED = ("none", "stopped", "step")
 
 
-def lost_and_resumed(world, cases, folder, **environment):
+def lost_and_resumed(world, cases, folder):
     """For every case the exit codes of a run that lost a process and of its resume; at last of undisturbed runs."""
     rounds = []
     for number, case in enumerate(cases):
         rounds += [[folder / str(number), *case], [folder / str(number), case[0]]]
     kinds = sorted({case[0] for case in cases})
     rounds += [[folder / kind, kind] for kind in kinds]
-    codes, said = run_rounds(world, WORKER, rounds, seconds=MINUTE, **environment)
+    codes, said = run_rounds(world, WORKER, rounds, seconds=MINUTE)
     assert codes[2 * len(cases) :] == [[0] * world] * len(kinds), said
     return codes, said
 
@@ -49,7 +49,7 @@ def check(codes, said, number, case, world, folder):
 @pytest.mark.row("R11")
 def test_the_others_end_with_an_error_and_the_run_goes_on_bit_for_bit(tmp_path, counted):
     cases = [*CASES, STOPPED]
-    codes, said = lost_and_resumed(2, cases, tmp_path, **{TIMEOUT: "4"})
+    codes, said = lost_and_resumed(2, cases, tmp_path)
     for number, case in enumerate(cases):
         check(codes, said, number, case, 2, tmp_path)
     assert said.count("another process of this run was lost") == len(cases)
@@ -63,7 +63,7 @@ def test_the_others_end_with_an_error_and_the_run_goes_on_bit_for_bit(tmp_path, 
 @pytest.mark.slow
 def test_of_four_processes_three_end_wherever_it_happens(tmp_path, counted):
     cases = [*CASES, STOPPED]
-    codes, said = lost_and_resumed(4, cases, tmp_path, **{TIMEOUT: "4"})
+    codes, said = lost_and_resumed(4, cases, tmp_path)
     for number, case in enumerate(cases):
         check(codes, said, number, case, 4, tmp_path)
     assert said.count("another process of this run was lost") == 3 * len(cases)
@@ -76,7 +76,7 @@ def test_wherever_one_of_two_is_killed(tmp_path, counted):
     """In each step and in each save, with copies of the model and with parts of it."""
     moments = [f"step-{step}" for step in range(1, 13)] + [f"save-{save}" for save in (1, 2, 3)]
     cases = [(sharding, "killed", when) for sharding in ("none", "full") for when in moments]
-    codes, said = lost_and_resumed(2, cases, tmp_path, **{TIMEOUT: "4"})
+    codes, said = lost_and_resumed(2, cases, tmp_path)
     for number, case in enumerate(cases):
         check(codes, said, number, case, 2, tmp_path)
     counted(len(cases))
@@ -86,7 +86,7 @@ def test_wherever_one_of_two_is_killed(tmp_path, counted):
 @pytest.mark.row("R11", cheap=True)
 def test_without_a_time_limit_the_others_would_wait_for_ever(tmp_path, counted):
     """The control: one is frozen, and the others wait as long as the library of the processes does."""
-    codes, said = run_rounds(2, WORKER, [[tmp_path / "run", *STOPPED]], seconds=20, **{TIMEOUT: "1800"})
+    codes, said = run_rounds(2, WORKER, [[tmp_path / "run", *STOPPED]], seconds=MINUTE, **{TIMEOUT: "1800"})
     assert checkpoint_steps(tmp_path / "run") == [5], said  # it came so far
     counted(0, control=(codes[0].count(-9) - 1, "of 1 waits until it is killed where there is no time limit"))
 

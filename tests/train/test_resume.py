@@ -55,7 +55,7 @@ def interrupt_and_resume(tiny, run, stopped_step):
 
 
 @pytest.mark.row("R4")
-def test_resuming_from_each_of_32_steps_is_bitwise_the_uninterrupted_run(tiny, tmp_path, counted):
+def test_resuming_from_each_of_31_steps_is_bitwise_the_uninterrupted_run(tiny, tmp_path, counted):
     train(tiny.TinyObjective(), tiny.TinyStream(), CONFIG, tmp_path / "whole")
     whole, lines = final_tensors(tmp_path / "whole"), lines_without_speed(tmp_path / "whole")
     assert {"norm.running_var", "rows_seen", "exp_avg_sq/outer.weight", "step/inner.bias"} <= whole.keys()
@@ -64,7 +64,7 @@ def test_resuming_from_each_of_32_steps_is_bitwise_the_uninterrupted_run(tiny, t
         run = tmp_path / f"stopped-{stopped_step}"
         same = equal(interrupt_and_resume(tiny, run, stopped_step), whole) and lines_without_speed(run) == lines
         differ += [] if same else [stopped_step]
-    counted(STEPS, len(differ))
+    counted(STEPS - 1, len(differ))  # the one of step 1 was not stopped: it only starts with resume
 
 
 @pytest.mark.row("R4")
@@ -84,8 +84,7 @@ def test_without_a_seed_for_each_step_a_resumed_run_differs(tiny, tmp_path, monk
             torch.manual_seed(0)  # a new process
             train(tiny.TinyObjective(), tiny.TinyStream(), CONFIG, run, resume=True)
             same.append(equal(final_tensors(run), whole))
-    assert same == [False] * 5
-    counted(0, control=(same.count(False), "of 5 differ without a seed for each step (R5)"))
+    counted(0, control=(same.count(False), "of 5 differ without a seed for each step (R5)"), least=5)
 
 
 @pytest.mark.row("R4")

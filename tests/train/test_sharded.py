@@ -171,9 +171,9 @@ def test_two_processes_resume_what_four_began(runs, whole, tmp_path):
 
 
 @pytest.mark.row("R12")
-def test_a_part_of_another_step_or_a_missing_one_would_show(runs, whole, make_tiny, tmp_path, counted):
+def test_a_part_of_another_step_would_show_and_a_missing_one_is_refused(runs, whole, make_tiny, tmp_path, counted):
     """The control: the manifest is written anew, as where nothing compares what is there with what was saved."""
-    seen = 0
+    told, differs = {}, {}
     for name in ("missing", "earlier"):
         run = tmp_path / name
         shutil.copytree(runs[0] / "from-2", run)
@@ -184,8 +184,10 @@ def test_a_part_of_another_step_or_a_missing_one_would_show(runs, whole, make_ti
             shutil.copy(earlier / part.name, part)
         publish._seal(newest, {})
         losses, lines, _ = resume(run, make_tiny)
-        seen += lines[0].startswith("skipped step-000006") or losses != pytest.approx(whole[0][6:], abs=1e-5)
-    counted(0, control=(seen, "of 2 that go on without a part, or with one of another step, are refused or differ"))
+        told[name], differs[name] = lines[0], losses != pytest.approx(whole[0][6:], abs=1e-5)
+    assert told["missing"].startswith("skipped step-000006")
+    assert told["earlier"] == "resumed from step-000006"
+    counted(0, control=(int(differs["earlier"]), "of 1 that goes on with a part of another step differs"))
 
 
 # rot

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = ("mixture", "measure", "allocate", "report")
-"""The cheap half: the other tests start processes or train for seconds each."""
+"""The cheap ones: the other tests start processes or train for seconds each."""
 PLANTED = """
 seen = []
 def test_first():

@@ -78,10 +78,9 @@ def test_faulty_methods_are_found(row, counted):
     found = 0
     for call in methods:
         outcomes = examine(method(), of_rows(call))
-        found += any(outcomes[name].state == FAILED for name in checks)
+        found += all(outcomes[name].state == FAILED for name in checks)  # each has to see it alone
     assert all(examine(method(), of_rows(mean))[name].state != FAILED for name in checks)
-    assert found == len(methods)
-    counted(0, control=(found, f"of {len(methods)} {WORDS[row]}"))
+    counted(0, control=(found, f"of {len(methods)} {WORDS[row]}"), least=len(methods))
 
 
 @pytest.mark.row("N1")

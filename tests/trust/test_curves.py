@@ -16,6 +16,7 @@ from anabranch.train.checkpoint import load_checkpoint
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.signals import StopFlag
 from tests.many import load
+from tests.train.test_resume import lines_without_speed
 
 TESTS = Path(__file__).parent.parent
 GOLDEN = TESTS / "golden" / "losses.json"
@@ -58,9 +59,8 @@ def test_losses_are_those_that_were_written_down(tasks, name, counted):
     expected = json.loads(GOLDEN.read_text())[name]
     found = losses_of(tasks, name)
     assert len(expected) == 50
-    wrong = [
-        (step, a, b) for step, (a, b) in enumerate(zip(found, expected, strict=True)) if abs(a - b) > 1e-4 * abs(b)
-    ]
+    pairs = enumerate(zip(found, expected, strict=True))
+    wrong = [(step, a, b) for step, (a, b) in pairs if not abs(a - b) <= 1e-4 * abs(b)]  # NaN is wrong
     assert wrong == []
     counted(50, len(wrong))
 
@@ -70,13 +70,13 @@ def test_losses_of_other_draws_are_others(tasks, counted):
     """The control: five steps, from another place of the stream."""
     expected = json.loads(GOLDEN.read_text())
     other = [furthest(losses_of(tasks, name, 5, shift=True), expected[name][:5]) > 1e-4 for name in NAMES]
-    counted(0, control=(sum(other), f"of {len(NAMES)} differ where other rows are drawn"))
+    counted(0, control=(sum(other), f"of {len(NAMES)} differ where other rows are drawn"), least=len(NAMES))
 
 
 def digests(run):
-    """Of everything in the newest checkpoint."""
+    """Of everything in the newest checkpoint, and the lines of metrics so far."""
     manifest = json.loads((load_checkpoint(run).path / "manifest.json").read_text())
-    return {file: facts["sha256"] for file, facts in manifest["files"].items()}
+    return {file: facts["sha256"] for file, facts in manifest["files"].items()} | {"lines": lines_without_speed(run)}
 
 
 def stop_in_the_first_step(patch):
@@ -91,7 +91,7 @@ def stop_in_the_first_step(patch):
 
 def step_by_step(tasks, name, steps, run, monkeypatch):
     """A run that is stopped after each step and resumed by fresh objects: the checkpoint after each."""
-    config, found = TrainConfig(**CONFIG | {"steps": steps, "save_every": 1}), []
+    config, found = TrainConfig(**CONFIG | {"steps": steps, "save_every": 1, "log_every": 5}), []
     with monkeypatch.context() as patch:
         stop_in_the_first_step(patch)
         for step in range(steps):
@@ -109,7 +109,7 @@ def dropping(tasks):
 
 def at_once(tasks, name, steps, run):
     """An uninterrupted run: what its checkpoint after each step holds."""
-    config, found = TrainConfig(**CONFIG | {"steps": steps, "save_every": 1}), []
+    config, found = TrainConfig(**CONFIG | {"steps": steps, "save_every": 1, "log_every": 5}), []
     objective, stream = tasks.make(name) if name != "tiny" else dropping(tasks)
     train(objective, stream, config, run, on_step=lambda step, logs: found.append(digests(run)) if step > 1 else None)
     return [*found, digests(run)]
@@ -125,8 +125,9 @@ def test_a_resume_from_each_of_64_steps_changes_no_bit(tasks, name, tmp_path, mo
     assert len(whole) == len(parts) == 64
     assert len({json.dumps(one) for one in whole}) == 64  # every step changes something
     differ = [step for step, (a, b) in enumerate(zip(whole, parts, strict=True), 1) if a != b]
+    assert len(whole[-1]["lines"]) == 13
     assert differ == []
-    counted(64, len(differ))
+    counted(63, len(differ))  # the first step is a start
 
 
 if __name__ == "__main__":

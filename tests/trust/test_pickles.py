@@ -49,8 +49,8 @@ def test_each_payload_runs_where_somebody_unpickles_it(tmp_path, counted):
     command = [sys.executable, "-W", "ignore", "-m", "tests.trust.payloads", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     fell, total = json.loads(done.stdout.splitlines()[-1])
-    counted(0, control=(fell, f"of {total} payloads run where somebody unpickles them"))
-    assert fell == total >= 30
+    assert total >= 30
+    counted(0, control=(fell, f"of {total} payloads run where somebody unpickles them"), least=total)
 
 
 @pytest.mark.row("S1", sample=True)

@@ -20,8 +20,26 @@ from anabranch.train.publish import publish_folder
 from anabranch.train.run_folder import RunFolder
 from tests.trust import stopping
 
-WATCHED = ("checkpoint", "adapter")
-"""They say themselves what belongs to them: nothing may be missing without a word."""
+OPTIONAL = "captions are optional: without any they are made from the folders"
+NO_END = "a text of lines has no end mark"
+WITHOUT = "a library that reads folders of others does without it"
+ON_REQUEST = "left out on request: nobody can know that it was there"
+BY_DESIGN = "metrics are cut by design: a torn last line is passed over, and there may be none yet"
+SILENT = {
+    "captions: missing metadata.jsonl": OPTIONAL,
+    "captions: empty metadata.jsonl": OPTIONAL,
+    "prompts.txt: cut prompts.txt": NO_END,
+    "metrics.jsonl: cut metrics.jsonl": BY_DESIGN,
+    "metrics.jsonl: empty metrics.jsonl": BY_DESIGN,
+    "masks: missing 0.png": "an image without a mask is clean, as this format has it",
+    "images: missing 0.png": "a folder of images is what is in it",
+    "images: folder_instead 0.png": "a folder in a folder of images is one more place to look",
+    "language: missing tokenizer_config.json": WITHOUT,
+    "language: folder_instead tokenizer_config.json": WITHOUT,
+    "eraser: missing geom_tokens.safetensors": ON_REQUEST,
+    "eraser: folder_instead geom_tokens.safetensors": ON_REQUEST,
+}
+"""Damages that nobody can know of, and why. Everything else has to be told."""
 NOWHERE = Path("/proc/nowhere")
 """Nobody can make a folder there, not even an administrator."""
 HOLDER = """
@@ -80,16 +98,17 @@ def test_missing_empty_and_cut_files_are_told_in_words(loaders, tmp_path, counte
             tried += 1
             try:
                 loader.open(folder)
-                silent += [f"{loader.name}: {how} {file}"] if loader.name in WATCHED else []
+                silent.append(f"{loader.name}: {how} {file}")
             except AnabranchError:
                 pass
             except Exception as error:
                 raw[f"{loader.name}: {how} {file}"] = f"{type(error).__name__}: {error}"[:200]
             seen += loader.name == "checkpoint" and "manifest" not in file and not plain_reader(folder)
     assert raw == {}
-    assert silent == []
+    assert sorted(silent) == sorted(SILENT)
     assert tried >= 40
-    counted(tried, len(raw) + len(silent), control=(seen, "of 12 end a reader that trusts the newest checkpoint"))
+    told = tried - len(SILENT)
+    counted(told, control=(seen, "of 12 end a reader that trusts the newest checkpoint"), least=12)
 
 
 # places
@@ -162,7 +181,7 @@ def test_a_second_writer_is_refused_and_a_killed_one_blocks_nobody(tmp_path, mon
         holder.communicate()
         RunFolder.open(run, {"seed": 1}, resume=True).close()  # the lock of a dead one is free
     assert told == [True] * 6
-    counted(6, control=(unlocked, "of 3 second writers are let in where nobody asks the lock"))
+    counted(6, control=(unlocked, "of 3 second writers are let in where nobody asks the lock"), least=3)
 
 
 @pytest.mark.row("R9")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table itself: harm, a failed test and a control that saw nothing each end `make trust` with exit code 3."""
+"""The table: harm, a failed test, and a control that is missing or saw too little each end `make trust` with 3."""
 
 from xml.etree import ElementTree
 
@@ -44,21 +44,23 @@ def run(trust, monkeypatch, cases, *arguments, code=0):
 
 
 GOOD = ("R4", [("faults", "5"), ("bad", "0"), ("control", "2 differ"), ("control_seen", "2")], "")
+BARE = ("R9", [("faults", "7"), ("bad", "0")], "")
 
 
 def test_a_clean_run_is_written_down_and_told_apart_by_row(trust, monkeypatch, capsys):
-    other = ("R9", [("faults", "7"), ("bad", "0")], "")
-    code, page = run(trust, monkeypatch, [GOOD, GOOD, other])
+    control = ("R9", [("faults", "0"), ("control", "3 of 3"), ("control_seen", "3"), ("control_least", "3")], "")
+    code, page = run(trust, monkeypatch, [GOOD, GOOD, BARE, control])
     assert code == 0
     assert page.startswith("above\n")
     assert page.endswith("below\n")
     assert "old" not in page
     assert "| 10 | 0 | 2 differ | fast |" in page
-    assert "| 7 | 0 | *none* | fast |" in page
-    assert f"17 faults in 2 of {len(trust.ROWS)} rows" in page
+    assert "| 7 | 0 | 3 of 3 | fast |" in page
+    assert "| | what | faults and checks | harm |" in page
+    assert f"17 faults and checks in 2 of {len(trust.ROWS)} rows" in page
     assert "| R1 |" in capsys.readouterr().out
     front = trust.FRONT.read_text()
-    assert "| 17 | 0 | 1 of 2 |" in front  # R9 has no control
+    assert "| 17 | 0 | 2 of 2 |" in front
     assert "\nold\n" not in front
 
 
@@ -69,21 +71,30 @@ def test_a_clean_run_is_written_down_and_told_apart_by_row(trust, monkeypatch, c
         ("R4", [], "failure"),
         ("R4", [], "error"),
         ("R4", [("faults", "5"), ("bad", "0"), ("control", "0 differ"), ("control_seen", "0")], ""),
+        ("R4", [("faults", "5"), ("control", "2 of 3"), ("control_seen", "2"), ("control_least", "3")], ""),
+        BARE,
     ],
-    ids=["harm", "failed", "broken", "blind"],
+    ids=["harm", "failed", "broken", "blind", "half blind", "without a control"],
 )
 def test_harm_failures_and_blind_controls_end_with_3(trust, monkeypatch, case):
     assert run(trust, monkeypatch, [GOOD, case], code=1 if case[2] else 0)[0] == 3
 
 
+def test_a_row_whose_control_could_not_run_is_told_so_and_breaks_nothing(trust, monkeypatch):
+    code, page = run(trust, monkeypatch, [GOOD, BARE, ("R9", [], "skipped")])
+    assert code == 0
+    assert "| 7 | 0 | 1 not run: skipped | fast |" in page
+    assert "| 12 | 0 | 1 of 2 |" in trust.FRONT.read_text()
+
+
 def test_some_rows_are_printed_and_written_nowhere(trust, monkeypatch, capsys):
-    other = ("R9", [("faults", "7"), ("bad", "0")], "")
-    code, page = run(trust, monkeypatch, [GOOD, other], "full", "--rows", "R4")
+    code, page = run(trust, monkeypatch, [GOOD, BARE], "full", "--rows", "R4")
     assert code == 0
     assert "old" in page
     said = capsys.readouterr().out
     assert "| R4 |" in said
     assert "| R9 |" not in said
+    assert run(trust, monkeypatch, [BARE], "--rows", "R9")[0] == 0  # its control need not be among them
     with pytest.raises(SystemExit) as stop:
         trust.main(["--rows", "R99"])
     assert stop.value.code == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers as one graph: torch.compile without a break, and torch.export, decide what the router itself decides."""
+"""Routers as one graph, in evaluation: torch.compile without a break, and torch.export, decide what the router does."""
 
 import shutil
 import warnings
@@ -37,7 +37,7 @@ ROUTERS = {
     "top-1, straight through": tokens(),
     "top-1, probability": tokens(weigh=prob, temperature=0.5),
     "top-2, renormalised": tokens(select=TopK(2), weigh=renormalised),
-    "top-3 with gate noise": tokens(select=TopK(3), weigh=prob, adjust=[GateNoise()]),
+    "top-3 that learned with gate noise": tokens(select=TopK(3), weigh=prob, adjust=[GateNoise()]),
     "all": tokens(select=TopK(4), weigh=renormalised),
     "centroids": Router(TableScore(torch.randn(6, 8, generator=seeded()), 4, generator=seeded())),
     "learned table": Router(

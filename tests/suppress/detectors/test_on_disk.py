@@ -89,6 +89,15 @@ def test_lines_that_cannot_be_used(tmp_path, lines, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("b.jsonl", ""), ("b.jsonl", "\n \n"), ("b.json", '{"images": [], "annotations": []}'),
+])  # fmt: skip
+def test_a_file_that_lists_no_images_is_refused_when_it_is_opened(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=rf"{name} lists no images"):
+        open_detector(f"boxes:{tmp_path / name}")
+
+
 def test_names_that_are_missing(tmp_path):
     detector = open_detector(write_jsonl(tmp_path))
     with pytest.raises(UsageError, match="looks images up by name"):
