@@ -165,6 +165,9 @@ def tune(
     """Trains the experts in place on at most `config.steps` batches.
 
     batches    taken one after another, or a stream of `rows_of` by step; a run that goes on needs the same ones
+
+    Raises:
+        AnabranchError: a loss is not finite; the experts are as they were before that step.
     """
     if hasattr(batches, "batch"):
         stream, steps = batches, config.steps

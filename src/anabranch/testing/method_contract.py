@@ -119,6 +119,6 @@ def outcome(check: Callable[[Case], None], case: Case, exemption: str | None) ->
         return Outcome(FAILED, said) if exemption is None else Outcome(EXEMPT, exemption)
     if exemption is None:
         return Outcome(PASSED)
-    if check in (poison.nan, poison.inf) and case.leaves < THOROUGH:
-        return Outcome(EXEMPT, exemption)  # where it does not hold may not have been tried
+    if case.seed or (check in (poison.nan, poison.inf) and case.leaves < THOROUGH):
+        return Outcome(EXEMPT, exemption)  # where it does not hold may not have been tried, or drawn
     return Outcome(FAILED, "the card exempts it, but it holds")

@@ -100,8 +100,8 @@ def train_mixture(
     model = untrained_mixture(seed)
     model.set_experts_implementation("eager")  # the fastest here: 1.3 times grouped_mm, 50 times batched_mm
     config = TrainConfig(
-        steps=steps, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.05, warmup_steps=100, seed=seed,
-        max_grad_norm=1.0,
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.05,
+        warmup_steps=min(100, steps), seed=seed, max_grad_norm=1.0,
     )  # fmt: skip
     resume = run is not None and (run / "checkpoints").exists()
     result = train(NextByte(model), ByteWindows(domains, batch_size, seed), config, run, resume=resume, report=report)

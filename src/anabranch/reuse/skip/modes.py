@@ -37,8 +37,8 @@ CLASSES = "classes"
 
 def divergence(logits: Tensor, changed_logits: Tensor, real: Tensor) -> tuple[float, int]:
     """Sum over real tokens of KL(p || q), and their number."""
-    p, q = (value.flatten(0, -2)[real].float().log_softmax(-1) for value in (logits, changed_logits))
-    return float((p.exp() * (p - q)).sum(-1).double().sum()), int(real.sum())
+    p, q = (value.flatten(0, -2)[real].double().log_softmax(-1) for value in (logits, changed_logits))
+    return float((p.exp() * (p - q)).sum()), int(real.sum())
 
 
 @contextmanager

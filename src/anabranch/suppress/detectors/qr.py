@@ -41,6 +41,7 @@ class QrDetector:
 
     def _detect(self, image: np.ndarray) -> list[Detection]:
         height, width = image.shape[:2]
+        self.cv2.setRNGSeed(0)  # the finders draw: one image's answer must not depend on those before it
         grey = self.cv2.cvtColor(image, self.cv2.COLOR_RGB2GRAY)
         quads = [*self._find(self.squares, grey, 1)]
         for scale in scales_for(width, height):
