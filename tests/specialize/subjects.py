@@ -217,13 +217,12 @@ def tuning(method, config) -> Subject:
         pad=lambda given: {**given, "batches": drawn.padded_batch(given["batches"])},
         samples=drawn.of(drawn.DOCUMENTS, drawn.batch_of_documents, "batches"),
         experts=Reordering(size=8, inputs=reordered, output=lambda result, order: result),
-        half={torch.bfloat16: 2e-2, torch.float16: 1e-2},  # two steps of AdamW have the size of the rate, either way
     )
 
 
 def subject_esft() -> Subject:
-    return tuning(esft, esft.Config(steps=2, learning_rate=1e-3, p=0.3))
+    return tuning(esft, esft.Config(steps=2, learning_rate=1e-2, p=0.3))
 
 
 def subject_ceft() -> Subject:
-    return tuning(ceft, ceft.Config(steps=2, learning_rate=1e-3, num_experts=2))
+    return tuning(ceft, ceft.Config(steps=2, learning_rate=1e-2, num_experts=2))

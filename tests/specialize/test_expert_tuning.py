@@ -151,6 +151,19 @@ def test_rows_that_fill_a_shorter_batch_up_count_in_nothing():
         torch.testing.assert_close(filled.adapter.tensors[name], value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_losses_of_a_model_in_half_precision_fall_as_they_do_in_float32(precision):
+    """Steps of this rate are below the rounding of most weights, and would be lost in them."""
+    ids = torch.randint(3, 97, (4, 8), generator=torch.Generator().manual_seed(0))
+    batches, falls = [batch_of(ids)] * 30, {}
+    for kind in (precision, torch.float32):
+        losses = tune(tiny("Mixtral").to(precision).to(kind), {"model.layers.1.mlp": [1, 3]}, batches,
+                      Training(steps=30, learning_rate=1e-3)).losses  # fmt: skip
+        falls[kind] = losses[0] - losses[-1]
+    assert falls[torch.float32] > 0.01
+    assert falls[precision] == pytest.approx(falls[torch.float32], rel=0.1)
+
+
 def test_adapters_by_names_of_modules_miss_stacked_experts_and_slices_reach_them():
     """PEFT has conversions for some families; in the others an adapter on all linear layers trains no expert."""
     adapted = get_peft_model(tiny("GptOss"), LoraConfig(r=2, target_modules="all-linear"))

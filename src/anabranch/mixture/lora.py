@@ -150,9 +150,8 @@ class RoutedLora(nn.Module):
             raise UsageError("experts are chosen for tokens in (B, N, I)", received=tuple(x.shape))
         first = self.plan.names[0]
         x = self.lora_dropout[first](self._cast_input_dtype(x, self.lora_A[first].weight.dtype))
-        ids = frame.token_ids(self.plan.key, x.shape[0], x.shape[1])
+        ids = checked_ids(frame, self.plan, x)
         if self.plan.path != "dense":
-            check_ids(self.plan, ids)
             path = by_segment if self.plan.path == "segment" else gathered
             return y + path(self, x, ids).to(y.dtype)
         A, B = stacks(self, frame)
@@ -165,21 +164,25 @@ def rank_mask(frame: Frame, plan: Plan, ids: Tensor, ranks: int, x: Tensor) -> T
     memo, key = frame.context.memo, (plan, ranks, x.dtype, x.device)
     kept = memo.get(key)
     if kept is None or kept[0] is not frame.context.ids[plan.key]:
-        check_ids(plan, ids)
         table = plan.table().repeat_interleave(ranks // len(plan.names), dim=1).to(x)
         kept = memo[key] = (frame.context.ids[plan.key], table[ids.to(x.device)])
     mask: Tensor = kept[1]
     return mask
 
 
-def check_ids(plan: Plan, ids: Tensor) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < EVERYBODY or high >= len(plan.experts):
-        raise UsageError(
-            f"there is no expert for a {plan.key} id",
-            expected=f"0 to {len(plan.experts) - 1}, or {NOBODY} for none, {EVERYBODY} for all",
-            received=high if high >= len(plan.experts) else low,
-        )
+def checked_ids(frame: Frame, plan: Plan, x: Tensor) -> Tensor:
+    """(B, N) or (B, 1); what the first layer of a pass has looked at the others take as it is."""
+    ids, memo, key = frame.token_ids(plan.key, x.shape[0], x.shape[1]), frame.context.memo, ("checked", plan)
+    if memo.get(key) is not frame.context.ids[plan.key]:
+        low, high = int(ids.min()), int(ids.max())
+        if low < EVERYBODY or high >= len(plan.experts):
+            raise UsageError(
+                f"there is no expert for a {plan.key} id",
+                expected=f"0 to {len(plan.experts) - 1}, or {NOBODY} for none, {EVERYBODY} for all",
+                received=high if high >= len(plan.experts) else low,
+            )
+        memo[key] = frame.context.ids[plan.key]
+    return ids
 
 
 def stacks(layer: Any, frame: Frame) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ Differs   : Any ranking may choose; the paper's is that of a copy whose routers 
             as it was before that. Steps, rate and decay are ESFT's.
 Check     : with n = N it equals the training of all experts by a plain optimiser; all else is the same bit for bit
             (tests/specialize/test_ceft.py).
-Exempt    : off (an adapter is there or not: models/mixtures/adapter)
+Exempt    : off (an adapter is there or not: models/mixtures/adapter); dtype (AdamW's first steps have the size of the
+            rate, whichever sign a rounded gradient has, and losses fall alike, tests/specialize/test_expert_tuning.py)
 """
 
 from collections.abc import Iterable, Sequence

@@ -8,7 +8,8 @@ Differs   : Scores are normalised over the experts of a layer, as p is a share o
             sum over layers. Sequences are joined, or not, by whoever makes the batches.
 Check     : p .2 and .5 of (.5, .3, .1, .1) give {0}, .51 gives {0, 1}; permuting layers permutes the answer; all that
             was not chosen is the same bit for bit after training with weight decay (tests/specialize/test_esft.py).
-Exempt    : off (an adapter is there or not: models/mixtures/adapter)
+Exempt    : off (an adapter is there or not: models/mixtures/adapter); dtype (AdamW's first steps have the size of the
+            rate, whichever sign a rounded gradient has, and losses fall alike, tests/specialize/test_expert_tuning.py)
 """
 
 from collections.abc import Iterable, Sequence

@@ -142,9 +142,10 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, a power cut included."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    sync(part)
     part.replace(path)
 
 
