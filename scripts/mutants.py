@@ -200,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         import torch  # noqa: F401
 
         known = mistakes(room, options.only)
+        if not known:
+            parser.error(f"nothing to spoil in {' '.join(options.only) or options.room}")
         drawn = random.Random(options.seed).sample(known, min(options.number or len(known), len(known)))
         print(f"{len(drawn)} of {len(known)} mistakes in {options.room}, seed {options.seed}", flush=True)
         tests = Path(scratch, "tests", options.room)

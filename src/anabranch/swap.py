@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder takes the place of another all at once: a reader finds the old one or the new one, never half of either.
+"""A folder or a file takes the place of another all at once: a reader finds the old one or the new one, never half.
 
 Order     : write into a hidden folder beside the target -> rename -> fsync the parent. Who fills it makes it durable.
 Replacing : the complete new folder waits as `.NAME.new-TOKEN`; the old one is renamed to `.NAME.old-TOKEN`, the new
@@ -53,6 +53,22 @@ def swap_in(fill: Callable[[Path], Any], target: Path, *, bytes_needed: int | No
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def swap_file(fill: Callable[[Path], Any], target: Path) -> None:
+    """Let `fill` write a file, then give it the name `target`: whole or not at all, a power cut included."""
+    fill(unfinished(target))
+    sync(unfinished(target))
+    unfinished(target).replace(target)
+    sync(target.parent)
+
+
+def swap_text(text: str, target: Path) -> None:
+    swap_file(lambda file: file.write_text(text, encoding="utf-8", newline="\n"), target)
 
 
 def remove_folder(target: Path) -> None:

@@ -170,6 +170,7 @@ def test_files_that_cannot_be_read_are_said_on_the_page(out):
 
 def test_a_torn_file_of_one_demo_is_said_on_the_page(out):
     go(out, Runner())
+    (out / "erase" / "demo.json").write_text("{}")
     (out / "erase" / PICTURES).write_bytes(b"\x10")
     for odd in ("[]", '{"arms": 3}'):
         (out / "align" / "align-demo.json").write_text(odd)

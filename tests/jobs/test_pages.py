@@ -21,7 +21,7 @@ def run(tmp_path):
 
 
 def test_a_finished_training_has_its_losses_terms_and_settings(run):
-    (run / "README.md").write_text("made")
+    (run / "mote.json").write_text("{}")
     assert cli.main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "Loss 0.08 at step 50, 0.04 at step 100." in page

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work side by side ends with the process that asked for it."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -39,9 +38,11 @@ def test_a_killed_parent_leaves_no_process_at_work(tmp_path):
     script.write_text(SCRIPT)
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
     pids = [tmp_path / "0", tmp_path / "1"]
-    until(lambda: all(file.exists() and file.read_text() for file in pids), 120)
-    workers = [int(file.read_text()) for file in pids]
-    assert all(runs(pid) for pid in workers)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    try:
+        until(lambda: all(file.exists() and file.read_text() for file in pids), 120)
+        workers = [int(file.read_text()) for file in pids]
+        assert all(runs(pid) for pid in workers)
+    finally:
+        parent.kill()
+        parent.wait()
     until(lambda: not any(runs(pid) for pid in workers), 30)

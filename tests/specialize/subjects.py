@@ -196,7 +196,7 @@ def subject_upcycling() -> Subject:
 
 
 def tuning(method, config) -> Subject:
-    """Of the experts of a mixture, for two steps."""
+    """Of the experts of a mixture, for two steps, at a rate that moves weights by more than rounding does."""
 
     def inputs(g):
         model = drawn.model(g)

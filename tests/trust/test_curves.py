@@ -79,21 +79,11 @@ def digests(run):
     return {file: facts["sha256"] for file, facts in manifest["files"].items()} | {"lines": lines_without_speed(run)}
 
 
-def stop_in_the_first_step(patch):
-    looks = []
-
-    def is_set(flag):
-        looks.append(flag)
-        return True
-
-    patch.setattr(StopFlag, "is_set", property(is_set))
-
-
 def step_by_step(tasks, name, steps, run, monkeypatch):
     """A run that is stopped after each step and resumed by fresh objects: the checkpoint after each."""
     config, found = TrainConfig(**CONFIG | {"steps": steps, "save_every": 1, "log_every": 5}), []
     with monkeypatch.context() as patch:
-        stop_in_the_first_step(patch)
+        patch.setattr(StopFlag, "is_set", property(lambda flag: True))
         for step in range(steps):
             objective, stream = tasks.make(name) if name != "tiny" else dropping(tasks)
             with pytest.raises(Stopped):

@@ -98,7 +98,7 @@ def test_wrong_inputs_are_answered_with_what_to_try(tmp_path, capsys, monkeypatc
     lines = list(wrong_inputs())
     poor = poorly_answered(lines, tmp_path / "out", capsys)
     assert len(lines) >= 100
-    assert len(poor) <= 0.05 * len(lines), poor
+    assert poor == []
     monkeypatch.setattr(AnabranchError, "__str__", lambda error: error.what)  # errors that say what, and no more
     some = lines[::4]
     bare = len(poorly_answered(some, tmp_path / "out", capsys))

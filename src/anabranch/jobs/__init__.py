@@ -3,8 +3,8 @@
 
 transfer    measure, pretrain, customize: does sharing hurt, and experts against it
 erase       scan, train, sample, eval, bake, and the data of implicit concepts
-align       chain, train, generate, eval, export
-experts     profile, rank, steer, generate, tune, prune, merge
+align       chain, train, chat, generate, eval, export
+experts     profile, rank, steer, generate, tune, prune, merge, families
 
 Beside the rooms stands what several of them use.
 """

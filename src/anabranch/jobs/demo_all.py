@@ -25,6 +25,7 @@ import yaml
 from anabranch import __version__
 from anabranch.errors import DONE, STOPPED, AnabranchError, CheckFailed, UsageError
 from anabranch.jobs.settings import DEMOS, DemoFlags
+from anabranch.swap import unfinished
 from anabranch.train.publish import read_json, write_json
 from anabranch.train.run_folder import CONFIG, LOCK, exclusive, writing_to
 from anabranch.train.signals import StopFlag
@@ -97,7 +98,7 @@ def check(flags: DemoFlags) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", expected="a folder for the demos", hint="another --out")
     names = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    if strangers := sorted(names - {*DEMOS, RECORD, "demos.part", PAGE, LOCK}):
+    if strangers := sorted(names - {*DEMOS, RECORD, unfinished(out / RECORD).name, PAGE, LOCK}):
         received = ", ".join(strangers[:3])
         expected = "an empty folder, a new one, or one of demos"
         raise UsageError(f"{out} holds other things", expected=expected, received=received, hint="another --out")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anabranch.errors import UsageError
 from anabranch.jobs.together import first_alone
-from anabranch.swap import sync
+from anabranch.swap import swap_file
 from anabranch.train.publish import read_json, write_json
 
 
@@ -35,6 +35,11 @@ def note(file: Path, seen: dict[str, str]) -> None:
 
 def check_same(file: Path, seen: dict[str, str]) -> None:
     before = read_json(file)
+    if not isinstance(before, dict):
+        raise UsageError(
+            f"{file} is not what a run wrote", expected="names and fingerprints", received=type(before).__name__,
+            hint="copy the run again, or another --out for a new one",
+        )  # fmt: skip
     if changed := [name for name, value in seen.items() if before.get(name) != value]:
         raise UsageError(
             f"{', '.join(changed)}: not what this run began with",
@@ -59,7 +64,4 @@ def found(file: Path) -> dict[str, Tensor]:
 
 def keep(file: Path, key: str, made: Tensor) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    save_file({key: made.contiguous()}, unfinished)
-    sync(unfinished)
-    unfinished.replace(file)
+    swap_file(lambda unfinished: save_file({key: made.contiguous()}, unfinished), file)

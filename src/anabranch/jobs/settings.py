@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-NO_NUMBER = ("out", "resume", "sharding")
+NO_NUMBER = ("out", "resume", "sharding", "workers")
 """Settings that decide where a run is and how it is spread out, but not what it learns: a resumed one may differ."""
 DEMOS = {
     "transfer": "where sharing hurts, and what experts do about it",

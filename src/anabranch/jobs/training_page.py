@@ -11,8 +11,8 @@ from anabranch.report.figures import curves
 from anabranch.report.page import Page, Section, Table, write
 from anabranch.train.metrics import read_metrics
 
-FINISHED = "README.md"
-"""What these commands publish with the result, so a run without one is not at its end."""
+FINISHED = ("experts.json", "mote.json", "geom_config.json")
+"""What these commands write last: a run with none of them is not at its end."""
 CONFIG, METRICS = "config.resolved.yaml", Path("training") / "metrics.jsonl"
 NO_TERM = ("step", "learning_rate", "images_per_second")
 
@@ -20,7 +20,7 @@ NO_TERM = ("step", "learning_rate", "images_per_second")
 def write_training_page(run: Path) -> Path:
     lines = read_metrics(run / METRICS) if (run / METRICS).exists() else []
     settings = read_settings(run / CONFIG)
-    done = (run / FINISHED).exists()
+    done = any((run / name).exists() for name in FINISHED)
     page = Page(
         title="How it was trained" if done else "How it was trained (unfinished)",
         lead=lead(lines, done),

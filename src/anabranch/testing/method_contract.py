@@ -26,7 +26,8 @@ A method that cannot give what applies to it says so in its card, with the reaso
 
     Exempt    : samples (their order is what is measured); padding (masked upstream)
 
-What is neither checked nor exempt is a failure, and so is an exemption that is not needed.
+What is neither checked nor exempt is a failure, and so is an exemption that is not needed: at seed 0, as another seed
+may not draw the case. A refusal in our own words counts as not holding, any other error as a failure.
 """
 
 import inspect
@@ -35,7 +36,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from anabranch import registry
-from anabranch.errors import UsageError
+from anabranch.errors import AnabranchError, UsageError
 from anabranch.registry import Card
 from anabranch.testing import checks, gradients, poison
 from anabranch.testing.case import Case, NotApplicable, alone
@@ -112,11 +113,11 @@ def outcome(check: Callable[[Case], None], case: Case, exemption: str | None) ->
         if exemption is None:
             return Outcome(NOT_APPLICABLE, str(reason))
         return Outcome(FAILED, f"the card exempts it from what does not apply: {reason}")
-    except AssertionError as failure:
-        return Outcome(FAILED, str(failure)) if exemption is None else Outcome(EXEMPT, exemption)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        return Outcome(FAILED, said) if exemption is None else Outcome(EXEMPT, exemption)
+        if exemption is not None and isinstance(error, (AssertionError, AnabranchError, ValueError)):
+            return Outcome(EXEMPT, exemption)
+        said = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return Outcome(FAILED, f"{said}{error}")
     if exemption is None:
         return Outcome(PASSED)
     if case.seed or (check in (poison.nan, poison.inf) and case.leaves < THOROUGH):

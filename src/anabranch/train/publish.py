@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anabranch.errors import AnabranchError, UsageError
-from anabranch.swap import clean_leftovers, swap_in, sync
+from anabranch.swap import clean_leftovers, swap_in, swap_text, sync
 
 MANIFEST = "manifest.json"
 FORBIDDEN_CHARACTERS = frozenset('\\:*?"<>|')
@@ -143,10 +143,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all, a power cut included."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    sync(part)
-    part.replace(path)
+    swap_text(json.dumps(content, indent=1, allow_nan=False) + "\n", path)
 
 
 def _seal(folder: Path, known: Mapping[str, Digest]) -> None:

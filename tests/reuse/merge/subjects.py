@@ -64,6 +64,9 @@ def subject_compressed_experts() -> Subject:
     def reload(output, folder):
         model = drawn.model(torch.Generator().manual_seed(0))
         made = compressed_experts.CompressedExperts(mixture_layers(model), 1)
+        with torch.no_grad():
+            for value in made.offsets:
+                value.normal_(generator=torch.Generator().manual_seed(1))
         made.save(folder / "vectors.safetensors")
         again = compressed_experts.CompressedExperts.load(folder / "vectors.safetensors", mixture_layers(model))
         assert all(torch.equal(a, b) for a, b in zip(made.offsets, again.offsets, strict=True))
@@ -89,5 +92,4 @@ def subject_compressed_experts() -> Subject:
         samples=along(3, {"batch.*": 0}),
         off=strength_0,
         reload=reload,
-        half={torch.bfloat16: 0.1, torch.float16: 0.02},
     )

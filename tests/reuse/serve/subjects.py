@@ -63,7 +63,7 @@ def subject_expert_flow() -> Subject:
 
     def call(objective, ids, trace):
         logits = objective(ids)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, expert_flow.paths(trace).to(logits)[:, :])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, expert_flow.paths(trace).to(logits))
         return {"loss": loss, "logits": logits}
 
     return Subject(
@@ -103,7 +103,6 @@ def subject_expert_weave() -> Subject:
         call=call,
         off=strength_0,
         samples=along(3, {"ids": 0, "rows": 0}, {"": 0}),
-        half={torch.bfloat16: 0.3, torch.float16: 0.1},
     )
 
 
@@ -132,5 +131,4 @@ def subject_llep() -> Subject:
         inputs=inputs,
         call=call,
         samples=along(10, {"hidden": 0, "selected": 0, "weights": 0}, {"": 0}),
-        half={torch.bfloat16: 0.05, torch.float16: 0.01},
     )

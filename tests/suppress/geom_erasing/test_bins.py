@@ -49,7 +49,7 @@ def test_the_printed_formula_adds_an_empty_bin_on_a_boundary_but_stays_inside_th
 
 @pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 5, 5, 9), (math.nan, 0, 5, 5), (600, 0, 700, 9), (-9, 0, 0, 9)])
 def test_a_box_without_a_part_inside_is_refused(box):
-    with pytest.raises(ValueError, match=r"box(es)?: expected"):
+    with pytest.raises(ValueError, match="box: expected"):
         covered_bins([box], 512, 512, GRID)
 
 

@@ -15,9 +15,10 @@ from random import Random
 from typing import Any
 
 from anabranch.data.streams import derived_seed
-from anabranch.errors import AnabranchError, CheckFailed, UsageError, did_you_mean
+from anabranch.errors import CheckFailed, UsageError, did_you_mean
 from anabranch.jobs.align.chain_check import SELF, CheckedBy
 from anabranch.jobs.align.chain_report import REPORT, report_of, shape_of, tell
+from anabranch.jobs.align.journal import JOURNAL, SEEN, append, finished, line_of, run_of, seen_of
 from anabranch.jobs.align.judges import open_judge
 from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import ChainSettings
@@ -28,15 +29,12 @@ from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.specialize.mote.chain_building import ANSWER, NOTES, Draft, Writer, build_chains
 from anabranch.specialize.mote.chain_prompts import Prompts
 from anabranch.specialize.mote.chain_writer import ChainWriter
-from anabranch.specialize.mote.folder import fingerprint, tokenizer_hash
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, BUDGET
 from anabranch.specialize.mote.steps import Steps
-from anabranch.swap import sync
+from anabranch.swap import swap_text
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
-SEEN, JOURNAL = "seen.json", "journal.jsonl"
-LINE_BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 """Escaped in rows: some readers would end a line there."""
 
 
@@ -61,12 +59,7 @@ def align_chain(settings: ChainSettings) -> dict[str, Any]:
         writer = own if judge is None else CheckedBy(own, judge, questions)
         too_long = longer_than_context(own, questions)
         with RunFolder.open(run_of(settings.out), plain_values_of(settings), settings.resume) as run:
-            made_with = {
-                "model": fingerprint(model),
-                "tokenizer": fingerprint_of([tokenizer_hash(tokenizer), tokenizer.chat_template]),
-                "questions": fingerprint_of(questions),
-                "prompts": fingerprint_of([asdict(prompts)]),
-            }
+            made_with = seen_of(model, tokenizer, questions) | {"prompts": fingerprint_of([asdict(prompts)])}
             same_as_before(run.path / SEEN, made_with)
             rows = build(settings, writer, questions, too_long, run.path / JOURNAL)
             made_with |= {"out": settings.out.name, "settings": plain_values_of(settings), "prompts": asdict(prompts)}
@@ -275,44 +268,6 @@ def entry_of(row: dict[str, Any], draft: Draft) -> dict[str, Any]:
     }
 
 
-def append(journal: Path, entries: Sequence[dict[str, Any]]) -> None:
-    try:
-        with journal.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(line_of(entry) for entry in entries))
-        sync(journal)
-    except OSError as error:
-        raise AnabranchError(
-            f"could not write {journal}", received=error.strerror, hint="make room; --resume goes on from there"
-        ) from error
-
-
-def line_of(row: dict[str, Any]) -> str:
-    line = json.dumps(row, ensure_ascii=False)
-    for letter, escaped in LINE_BREAKS.items():
-        line = line.replace(letter, escaped)
-    return line + "\n"
-
-
-def finished(journal: Path, names: Sequence[str | int], batch_size: int) -> list[dict[str, Any]]:
-    """Whole batches of the journal; what follows them, such as half a line, is taken out of the file."""
-    if not journal.is_file():
-        return []
-    rows, lines = [], journal.read_bytes().split(b"\n")[:-1]
-    for line, name in zip(lines, names, strict=False):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or row.get("id") != name:
-            break
-        rows.append(row)
-    if len(rows) < len(names):
-        del rows[len(rows) // batch_size * batch_size :]
-    with journal.open("r+b") as file:
-        file.truncate(sum(len(line) + 1 for line in lines[: len(rows)]))
-    return rows
-
-
 def publish(
     out: Path, questions: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], report: dict[str, Any]
 ) -> None:
@@ -321,11 +276,7 @@ def publish(
     if kept := [line_of(chain_row(row, entry)) for row, entry in zip(questions, rows, strict=True) if entry["chain"]]:
         texts = {out.name: "".join(kept)} | texts
     for name, text in texts.items():
-        unfinished = out.with_name(f".{name}.unfinished")
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        sync(unfinished)
-        unfinished.replace(out.with_name(name))
-    sync(out.parent)
+        swap_text(text, out.with_name(name))
 
 
 def chain_row(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -338,7 +289,3 @@ def chain_row(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         "check": entry["checks"][-1][1],
         "budget_used_up": entry["budget_used_up"],
     }
-
-
-def run_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.run")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import UsageError
-from anabranch.jobs.align.chain import JOURNAL, SEEN, append, finished, line_of, run_of
+from anabranch.jobs.align.journal import JOURNAL, SEEN, append, finished, line_of, run_of, seen_of
 from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import ChatSettings, GenerateSettings
 from anabranch.jobs.progress import Progress, say
@@ -16,10 +16,10 @@ from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.collate import question_ids
-from anabranch.specialize.mote.folder import fingerprint, load, read_manifest, tokenizer_hash
+from anabranch.specialize.mote.folder import load, read_manifest
 from anabranch.specialize.mote.generate import ANSWER_BUDGET, Chain, generate, plain_answers
 from anabranch.specialize.mote.mote import MoTE
-from anabranch.swap import sync
+from anabranch.swap import swap_text
 from anabranch.train.publish import digest_of
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
@@ -68,10 +68,7 @@ def align_generate(settings: GenerateSettings) -> dict[str, Any]:
         with RunFolder.open(run_of(settings.out), plain_values_of(settings), settings.resume) as run:
             same_as_before(run.path / SEEN, seen(settings, speaker, questions))
             rows = answered(settings, speaker, questions, run.path / JOURNAL, stop)
-            unfinished = settings.out.with_name(f".{settings.out.name}.unfinished")
-            unfinished.write_text("".join(map(line_of, rows)), encoding="utf-8", newline="\n")
-            sync(unfinished)
-            unfinished.replace(settings.out)
+            swap_text("".join(map(line_of, rows)), settings.out)
         shutil.rmtree(run_of(settings.out))
     spent: dict[str, list[int]] = {}
     for row in rows:
@@ -90,14 +87,11 @@ def align_generate(settings: GenerateSettings) -> dict[str, Any]:
 
 def seen(settings: GenerateSettings, speaker: Speaker, questions: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What a run that goes on has to see again."""
-    folder, own, experts = settings.experts, speaker.tokenizer, list[Any]()
+    folder, experts = settings.experts, list[Any]()
     if folder is not None:
         weights = sorted(folder.glob("*/*.safetensors"))
         experts = [read_manifest(folder), *((file.relative_to(folder), digest_of(file).sha256) for file in weights)]
-    return {
-        "model": fingerprint(speaker.model), "experts": fingerprint_of(experts),
-        "tokenizer": fingerprint_of([tokenizer_hash(own), own.chat_template]), "questions": fingerprint_of(questions),
-    }  # fmt: skip
+    return seen_of(speaker.model, speaker.tokenizer, questions) | {"experts": fingerprint_of(experts)}
 
 
 def answered(

@@ -17,6 +17,7 @@ from anabranch.jobs.align.settings import TrainSettings
 from anabranch.jobs.progress import say
 from anabranch.jobs.resumed import fingerprint_of, same_as_before
 from anabranch.jobs.settings import plain_values_of
+from anabranch.jobs.together import first_alone
 from anabranch.mixture.lora import lora_layers
 from anabranch.models.language.folder import open_language_model
 from anabranch.specialize.mote.card import mixture_card
@@ -59,7 +60,7 @@ def align_train(settings: TrainSettings) -> dict[str, Any]:
             raise CheckFailed("tensors of the base model changed", received=", ".join(changed[:5]))
         facts |= {"model": str(settings.model), "rows": len(rows), "dropped": dropped, "shapes": shapes(rows)}
         facts |= {"skip": asdict(skip), "seed": settings.seed, "base_tensors": len(before)}
-        write(mote, run.path, facts)
+        first_alone(lambda: write(mote, run.path, facts))
     tell(settings, facts)
     return facts
 

@@ -23,6 +23,7 @@ from anabranch.jobs.erase.train import check_untouched
 from anabranch.jobs.progress import say
 from anabranch.jobs.resumed import fingerprint_of, kept, same_as_before
 from anabranch.jobs.settings import plain_values_of
+from anabranch.jobs.together import first_alone
 from anabranch.models.diffusion.noising import noising
 from anabranch.models.diffusion.prompts import encode_negatives, encode_prompts
 from anabranch.suppress.geom_erasing.adapter import Applied, apply, fingerprint, hashes
@@ -72,7 +73,7 @@ def erase_bake(settings: BakeSettings) -> dict[str, Any]:
                 hint="more --steps, or a higher learning_rate",
             )
         facts = described(settings, applied, policy) | {"touched": check_untouched(student, before, "lora")}
-        write_baked(run.path, student, facts)
+        first_alone(lambda: write_baked(run.path, student, facts))
     say(f"\nbaked    {settings.out}: no negative prompt is needed")
     return facts
 

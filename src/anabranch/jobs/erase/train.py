@@ -38,6 +38,7 @@ from anabranch.jobs.erase.settings import TrainSettings
 from anabranch.jobs.progress import say
 from anabranch.jobs.resumed import fingerprint_of, kept, same_as_before
 from anabranch.jobs.settings import plain_values_of
+from anabranch.jobs.together import first_alone
 from anabranch.models.diffusion.family import family, image_side
 from anabranch.models.diffusion.latents import CHUNK, to_latents
 from anabranch.models.diffusion.noising import noising
@@ -92,7 +93,8 @@ def erase_train(settings: TrainSettings) -> dict[str, Any]:
         found = [bins for bins in prepared.bins if bins]
         warnings += [warning] if (warning := strangers(policy, vocabulary, found, place_room(pipe, vocabulary))) else []
         facts |= described(settings, labels, prepared, config) | {"base": base, "policy": policy, "warnings": warnings}
-        write_adapter(settings, run.path, pipe, vocabulary, prepared, found, facts | {"concept": concept})
+        told = facts | {"concept": concept}
+        first_alone(lambda: write_adapter(settings, run.path, pipe, vocabulary, prepared, found, told))
     tell(settings, facts)
     return facts
 

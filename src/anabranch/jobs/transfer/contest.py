@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from anabranch import __version__
+from anabranch.jobs.settings import plain_values_of
 from anabranch.jobs.transfer.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.transfer.corpus import check_same_images
 from anabranch.jobs.transfer.effects import Results, by_arm
-from anabranch.jobs.transfer.measure import _plain, open_corpus, plan, run_cells, train_and_probe
+from anabranch.jobs.transfer.measure import open_corpus, plan, run_cells, train_and_probe
 from anabranch.jobs.transfer.settings import MeasureSettings
 from anabranch.measure.transfer import SHARED
 from anabranch.train.run_folder import RunFolder
@@ -19,8 +20,8 @@ def contest(settings: MeasureSettings, arms: ArmSettings, wanted: Sequence[tuple
     """Train the base of every seed, then the wanted (arm, scope) pairs from it: {arm: {seed: result}}."""
     corpus = open_corpus(settings)
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-    made_with = {"measure": _plain(settings), "version": __version__}
-    with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), settings.resume) as run:
+    made_with = {"measure": plain_values_of(settings), "version": __version__}
+    with StopFlag() as stop, RunFolder.open(settings.out, plain_values_of(settings), settings.resume) as run:
         check_same_images(run.path, [*corpus.sources, *corpus.tasks])
         bases = [cell for cell in plan(settings, corpus) if cell.model == SHARED]
         shared = (settings, corpus, run.path)

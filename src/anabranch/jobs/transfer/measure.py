@@ -24,6 +24,7 @@ from anabranch.errors import Stopped, UsageError
 from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.results import measured
+from anabranch.jobs.settings import plain_values_of
 from anabranch.jobs.together import Beat, first_alone, rank, share
 from anabranch.jobs.transfer.corpus import (
     at_most,
@@ -79,10 +80,10 @@ class Cell:
 def measure(settings: MeasureSettings) -> Results:
     """Train, probe, summarise; writes transfer.json and report.html into the run and returns what the former holds."""
     corpus = open_corpus(settings)
-    with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), settings.resume) as run:
+    with StopFlag() as stop, RunFolder.open(settings.out, plain_values_of(settings), settings.resume) as run:
         first_alone(lambda: check_same_images(run.path, [*corpus.sources, *corpus.tasks]))
         cells = plan(settings, corpus)
-        made_with = {"settings": _plain(settings), "version": __version__}
+        made_with = {"settings": plain_values_of(settings), "version": __version__}
         shared = (settings, corpus, run.path)
         results = run_cells(run.path / "models", cells, train_and_probe, shared, made_with, settings.workers, stop)
         result = conclude(settings, corpus, cells, results)
@@ -93,13 +94,6 @@ def measure(settings: MeasureSettings) -> Results:
     if rank() == 0:
         write_transfer_page(settings.out)
     return measured(result)
-
-
-def _plain(settings: MeasureSettings) -> dict[str, Any]:
-    """For the configuration file: what decides the numbers, so neither `resume` nor the number of processes."""
-    hidden = ("out", "resume", "workers")
-    values = {name: value for name, value in asdict(settings).items() if name not in hidden}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def open_corpus(settings: MeasureSettings) -> Corpus:

@@ -16,6 +16,7 @@ from anabranch.data.streams import ShuffledIndices, derived_seed
 from anabranch.errors import CheckFailed
 from anabranch.jobs.progress import say
 from anabranch.jobs.settings import plain_values_of
+from anabranch.jobs.together import first_alone
 from anabranch.jobs.transfer.corpus import at_most, check_same_images, mixture, open_together
 from anabranch.jobs.transfer.learners import family_of, learner, training
 from anabranch.jobs.transfer.settings import PretrainSettings
@@ -57,8 +58,7 @@ def open_pool(settings: PretrainSettings) -> Images:
 
 def note_images(images: Images, run: Path) -> None:
     """Unreadable images are listed in quarantine.jsonl; a resumed run has to see the images that it began with."""
-    with processes().main_process_first():
-        check_same_images(run, [images])
+    first_alone(lambda: check_same_images(run, [images]))
     if processes().is_main_process and images.quarantine:
         write_quarantine(run / "quarantine.jsonl", images.quarantine)
         say(f"{len(images.quarantine)} unreadable images are listed in {run / 'quarantine.jsonl'}")
@@ -74,9 +74,8 @@ def start_model(settings: PretrainSettings, images: Images, run: Path) -> nn.Mod
         return fresh
     base: nn.Module = family.load(settings.base)
     base.config.image_size = images.image_size  # a ResNet from elsewhere names none
-    with processes().main_process_first():
-        if not (run / "base").exists():
-            replace_folder(base.save_pretrained, run / "base")
+    if not (run / "base").exists():
+        publish(run / "base", base.save_pretrained)
     return base
 
 
@@ -161,9 +160,7 @@ def touched(
 
 def publish(folder: Path, write: Callable[[Path], Any]) -> None:
     """The first process writes; nobody goes on before it is there."""
-    if processes().is_main_process:
-        replace_folder(write, folder)
-    processes().wait_for_everyone()
+    first_alone(lambda: replace_folder(write, folder))
 
 
 def pixel_statistics(images: Images) -> dict[str, list[float]]:

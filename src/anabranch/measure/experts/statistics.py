@@ -32,6 +32,7 @@ from anabranch.models.hub.card import front_matter
 from anabranch.models.hub.pretrained import Pretrained
 from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.models.mixtures.routing import Seen, norm_after, watched
+from anabranch.swap import swap_file
 
 ROUTING = ("count", "weight", "weight_square", "share", "logit", "logit_square", "probability", "document_rate")
 OUTPUTS = ("norm", "weighted_norm", "share_norm")
@@ -156,9 +157,8 @@ class ExpertStats(Pretrained):
         tensors = {f"sums.{name}": value for name, value in self.sums.items()}
         tensors |= {"tokens": self.tokens, "documents": self.documents, "pairs": self.pairs}
         header = {"format": FORMAT, "header": json.dumps(self.header()), "notes": notes}
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, header)
-        unfinished.replace(file)
+        plain = {name: value.contiguous() for name, value in tensors.items()}
+        swap_file(lambda unfinished: save_file(plain, unfinished, header), file)
 
     @classmethod
     def load(cls, file: Path) -> "ExpertStats":

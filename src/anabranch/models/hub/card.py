@@ -43,7 +43,7 @@ def base_name(folder: Path) -> str:
         if match := CACHED.fullmatch(part):
             return f"{match['owner']}/{match['name']}"
     for file in ("config.json", "model_index.json"):
-        named = read_json(folder / file).get("_name_or_path")
+        named = json_or_nothing(folder / file).get("_name_or_path")
         if isinstance(named, str) and REPO_ID.fullmatch(named) and not Path(named).exists():
             return named
     return re.sub(r"[^\w.\-]+", "-", folder.absolute().name).strip("-.") or "base"
@@ -63,9 +63,9 @@ def card_value(folder: Path, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def json_or_nothing(file: Path) -> dict[str, Any]:
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}

@@ -28,7 +28,8 @@ RUNS_CODE = frozenset(
 )
 PORTABLE = ["*.safetensors", "*.json", "*.jsonl", "*.md", "*.txt", "*.yaml", "*.jinja", "*.model"]
 """What is fetched from a hub."""
-READ = frozenset({".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".model", ".txt"})
+READ = frozenset(Path(pattern).suffix for pattern in PORTABLE) - {".md"}
+"""What a reader may take for a part of what was saved."""
 MOST_FILES = 20_000
 
 

@@ -28,6 +28,7 @@ from anabranch.models.mixtures.bank import check_expert
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, mixture_layers
 from anabranch.models.mixtures.surgery import FUSED
+from anabranch.swap import swap_file, swap_text
 
 MANIFEST, WEIGHTS, FORMAT, WHOLE = "experts.json", "experts.safetensors", 1, "whole/"
 CARD = """\
@@ -65,16 +66,13 @@ class ExpertAdapter(Pretrained):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.tensors | {WHOLE + name: value for name, value in self.whole.items()}
-        unfinished = folder / f".{WEIGHTS}.unfinished"
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, unfinished)
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        swap_file(lambda unfinished: save_file(plain, unfinished), folder / WEIGHTS)
         manifest = {
-            "format": FORMAT, "base": self.base, "experts": self.experts, "sha256": file_hash(unfinished),
+            "format": FORMAT, "base": self.base, "experts": self.experts, "sha256": file_hash(folder / WEIGHTS),
             "facts": self.facts,
         }  # fmt: skip
-        unfinished.replace(folder / WEIGHTS)
-        unfinished = folder / f".{MANIFEST}.unfinished"
-        unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(folder / MANIFEST)
+        swap_text(json.dumps(manifest, indent=1) + "\n", folder / MANIFEST)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ExpertAdapter":

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from anabranch.errors import UsageError
 from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.models.mixtures.routing import refuse_unseen
+from anabranch.swap import swap_file
 from anabranch.train.loop import Stream, TrainConfig, TrainResult, train
 
 FORMAT = "anabranch compressed experts 1"
@@ -94,9 +95,8 @@ class CompressedExperts(nn.Module):
     def save(self, file: Path) -> None:
         header = {"layers": [layer.name for layer in self.layers], "num_main": self.num_main}
         tensors = {str(i): value.detach().contiguous() for i, value in enumerate(self.offsets)}
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        save_file(tensors, unfinished, {"format": FORMAT, "header": json.dumps(header)})
-        unfinished.replace(file)
+        told = {"format": FORMAT, "header": json.dumps(header)}
+        swap_file(lambda unfinished: save_file(tensors, unfinished, told), file)
 
     @classmethod
     def load(cls, file: Path, layers: Sequence[MixtureLayer]) -> "CompressedExperts":

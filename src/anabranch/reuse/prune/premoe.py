@@ -29,6 +29,7 @@ from anabranch.errors import UsageError
 from anabranch.models.mixtures.layers import MixtureLayer
 from anabranch.reuse.calibration import Batch, reading, real_tokens, run
 from anabranch.reuse.prune.keep import Keep, Protect, check_count, check_scores, uniform
+from anabranch.swap import swap_file, swap_text
 
 FORMAT = "anabranch task library 1"
 
@@ -99,11 +100,8 @@ class TaskLibrary:
         header = {"format": FORMAT, "tasks": self.tasks, "layers": self.layers, "num_groups": self.num_groups}
         tensors = {"patterns": self.patterns, "order": self.order.contiguous()}
         (folder / "library.json").unlink(missing_ok=True)  # a save cut short must not pair old names with new tensors
-        unfinished = folder / ".library.unfinished"
-        save_file(tensors, unfinished)
-        unfinished.replace(folder / "library.safetensors")
-        unfinished.write_text(json.dumps(header, indent=2), encoding="utf-8")
-        unfinished.replace(folder / "library.json")
+        swap_file(lambda unfinished: save_file(tensors, unfinished), folder / "library.safetensors")
+        swap_text(json.dumps(header, indent=2), folder / "library.json")
 
     @classmethod
     def load(cls, folder: Path) -> "TaskLibrary":

@@ -24,6 +24,7 @@ from anabranch.models.hub.pretrained import Pretrained
 from anabranch.models.mixtures.bank import check_expert
 from anabranch.models.mixtures.layers import MixtureLayer, Triple
 from anabranch.models.mixtures.routing import biased, changed, forced, off_empty, off_refill, scaled
+from anabranch.swap import swap_text
 
 FORMAT = "anabranch steering recipe 1"
 KINDS = {
@@ -166,9 +167,7 @@ class Recipe(Pretrained):
             for step in self.steps
         ]
         told = {"format": FORMAT, "made_by": self.made_by, "model": self.model, "steps": steps}
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        unfinished.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        swap_text(json.dumps(told, indent=1) + "\n", file)
 
     @classmethod
     def load(cls, file: Path) -> "Recipe":
