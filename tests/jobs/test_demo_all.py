@@ -174,7 +174,9 @@ def test_a_torn_file_of_one_demo_is_said_on_the_page(out):
     (out / "erase" / PICTURES).write_bytes(b"\x10")
     for odd in ("[]", '{"arms": 3}'):
         (out / "align" / "align-demo.json").write_text(odd)
-        assert write_demos_page(out).read_text().count("Its files cannot be read any more") == len(DEMOS)
+        page = write_demos_page(out).read_text()
+        assert page.count("Its files cannot be read any more") == len(DEMOS)
+        assert "header" in page, "the page names what is wrong with the pictures' file"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ from anabranch.jobs.align.questions import read_questions
 from anabranch.jobs.align.settings import TrainSettings
 from anabranch.specialize.mote.folder import load
 from anabranch.train.signals import StopFlag
+from tests.many import run_many
 from tests.specialize.mote.tiny import base, tokenizer
+
+TOGETHER = Path(__file__).parents[1] / "together_worker.py"
 
 CHAINS = [
     {"question": "w1 w2", "chain": {"analysis": "w3 w4", "guidance": "w5", "answer": "w6 w7"}},
@@ -51,6 +54,27 @@ def world(request, tmp_path_factory):
     assert run("align", "train", "--model", root / "model", "--chains", root / "chains.jsonl", "--out", root / "mote",
                *FAST) == 0  # fmt: skip
     return root
+
+
+def test_two_processes_hand_over_one_mixture_that_is_that_of_one(tmp_path):
+    """The whole command: what is written is written once, and not by each of them."""
+    model_folder(tmp_path / "model", "llama")
+    chains_file(tmp_path / "chains.jsonl")
+    given = ["align", "train", "--model", tmp_path / "model", "--chains", tmp_path / "chains.jsonl", *FAST,
+             "--set", "dropout=0", "--set", "warmup_steps=2"]  # fmt: skip
+    assert run(*given, "--out", tmp_path / "alone") == 0
+    codes, said = run_many(2, TOGETHER, "command", *given, "--out", tmp_path / "both")
+    assert codes == [0, 0], said
+    assert said.count("experts  ") == 1
+    alone, both = (
+        {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if "training" not in path.parts}
+        for name in ("alone", "both")
+    )
+    assert alone == both
+    for file in sorted(path for path in alone if path.suffix == ".safetensors"):
+        expected, found = load_file(tmp_path / "alone" / file), load_file(tmp_path / "both" / file)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=2e-5, rtol=0)
 
 
 def test_training_leaves_stock_adapters_a_manifest_and_a_card(world):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from anabranch.models.diffusion import stable_diffusion_xl
 from anabranch.models.diffusion.family import open_pipeline, save_pipeline
 from anabranch.models.diffusion.latents import to_latents
 from tests.jobs.erase.world import CORNERS, config_of, everything, labelled, saved, train_settings
+from tests.many import run_many
+
+TOGETHER = Path(__file__).parents[1] / "together_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -421,3 +425,23 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(world):
     with pytest.raises(UsageError, match="is not a run"):
         erase_train(train_settings(world))
     assert everything(world / "adapter") == {"thesis.tex": b"mine"}
+
+
+# two processes
+
+
+@pytest.mark.slow
+def test_two_processes_hand_over_one_adapter_and_bake_one_lora(world):
+    """The whole commands: what is drawn, encoded and written is so once."""
+    settings = ["--model", world / "model", "--set", "batch_size=4", "--set", "r=2"]
+    train = ["erase", "train", *settings, "--labels", world / "labels.jsonl", "--grid", "3", "--steps", "3",
+             "--out", world / "adapter"]  # fmt: skip
+    (world / "prompts.txt").write_text("a dress\na bag\n")
+    bake = ["erase", "bake", *settings, "--adapter", world / "adapter", "--prompts", world / "prompts.txt",
+            "--steps", "3", "--set", "sample_steps=2", "--set", "num_latents=4", "--out", world / "baked"]  # fmt: skip
+    for command, out in ((train, "adapter"), (bake, "baked")):
+        codes, said = run_many(2, TOGETHER, "command", *command)
+        assert codes == [0, 0], said
+        assert config_of(world / out)["name"]
+        assert not list((world / out).glob(".adapter"))
+        assert load_file(world / out / "pytorch_lora_weights.safetensors")
