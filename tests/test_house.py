@@ -2,9 +2,12 @@
 """Who may import whom, what a card must say, and what the project may weigh."""
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -56,6 +59,24 @@ def test_no_job_stands_on_another():
         for path in (ROOT / "jobs" / room).rglob("*.py"):
             others = {f"anabranch.jobs.{name}" for name in rooms} - {f"anabranch.jobs.{room}"}
             assert not others & {".".join(name.split(".")[:3]) for name in imports(path)}, path
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "recipes", "benchmarks", "scripts", "docs"])
+def test_every_name_that_is_imported_exists(folder):
+    """Inside of functions too, where a missing one shows only when a user runs the command."""
+    wrong = []
+    for path in (ROOT.parent.parent / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "anabranch":
+                module = importlib.import_module(node.module)
+                wrong += [
+                    f"{path.name}: {node.module}.{alias.name}" for alias in node.names if missing(module, alias.name)
+                ]
+    assert not wrong
+
+
+def missing(module: ModuleType, name: str) -> bool:
+    return not hasattr(module, name) and importlib.util.find_spec(f"{module.__name__}.{name}") is None
 
 
 @pytest.mark.parametrize("room", sorted(FOREIGN))

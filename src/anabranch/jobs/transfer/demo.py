@@ -9,7 +9,7 @@ from typing import Any
 
 from anabranch import __version__
 from anabranch.errors import UsageError, did_you_mean
-from anabranch.jobs.settings import DemoFlags
+from anabranch.jobs.settings import DemoFlags, plain_values_of
 from anabranch.jobs.transfer.arms import Arm, ArmSettings, Bench, run_arm
 from anabranch.jobs.transfer.customize import customize
 from anabranch.jobs.transfer.effects import (
@@ -21,7 +21,7 @@ from anabranch.jobs.transfer.effects import (
     level,
     mean_over_seeds,
 )
-from anabranch.jobs.transfer.measure import _plain, measure, open_corpus, run_cells
+from anabranch.jobs.transfer.measure import measure, open_corpus, run_cells
 from anabranch.jobs.transfer.settings import CustomizeSettings, MeasureSettings
 from anabranch.measure.intervals import Interval
 from anabranch.train.publish import write_json
@@ -82,9 +82,9 @@ def compare(settings: MeasureSettings, arms: ArmSettings, wanted: Sequence[tuple
     """Train the wanted (arm, scope) pairs for all seeds of a finished measurement; writes and returns demo.json."""
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     cells = [Arm(name, seed, scope) for seed in seeds for name, scope in wanted]
-    with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), resume=True) as run:
+    with StopFlag() as stop, RunFolder.open(settings.out, plain_values_of(settings), resume=True) as run:
         bench = Bench(arms, open_corpus(settings), run.path)
-        made_with = {"arms": asdict(arms), "measure": _plain(settings), "version": __version__}
+        made_with = {"arms": asdict(arms), "measure": plain_values_of(settings), "version": __version__}
         results = run_cells(run.path / "arms", cells, run_arm, bench, made_with, settings.workers, stop)
         summary = {"sources": list(settings.sources)}
         summary |= summarise(results, [task.name for task in bench.corpus.tasks], arms)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from anabranch import __version__
+from anabranch.jobs.settings import plain_values_of
 from anabranch.jobs.transfer.effects import Results, arm_seconds, by_arm, effects, level
-from anabranch.jobs.transfer.measure import _plain, open_corpus, run_cells
+from anabranch.jobs.transfer.measure import open_corpus, run_cells
 from anabranch.jobs.transfer.recipe_table import arms as arm_tables
 from anabranch.jobs.transfer.recipe_table import (
     cell,
@@ -61,9 +62,9 @@ def compare_subnets(settings: MeasureSettings, budget: SdrArmSettings, wanted: S
     """Train the wanted arms for all seeds of a finished measurement; writes and returns sdr.json."""
     seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
     cells = [SdrArm(name, seed) for seed in seeds for name in wanted]
-    with StopFlag() as stop, RunFolder.open(settings.out, _plain(settings), resume=True) as run:
+    with StopFlag() as stop, RunFolder.open(settings.out, plain_values_of(settings), resume=True) as run:
         bench = SdrBench(budget, open_corpus(settings), run.path)
-        made_with = {"arms": asdict(budget), "measure": _plain(settings), "version": __version__}
+        made_with = {"arms": asdict(budget), "measure": plain_values_of(settings), "version": __version__}
         results = run_cells(run.path / "arms", cells, run_sdr_arm, bench, made_with, settings.workers, stop)
         summary = summarise(results, [task.name for task in bench.corpus.tasks], budget)
         write_json(run.path / "sdr.json", summary)
