@@ -195,7 +195,7 @@ def test_resuming_on_other_images_is_refused(folders, tmp_path, capsys):
     assert cli.main(arguments) == 0
     shutil.copy(next((folders / "pool/disc").glob("*.png")), pool / "a-first-one.png")
     assert cli.main([*arguments, "--resume"]) == 2
-    assert "not those that the run began with" in capsys.readouterr().err
+    assert "images 1 (all): not what this run began with" in capsys.readouterr().err
 
 
 def test_the_page_is_built_again_with_its_clusters(run):

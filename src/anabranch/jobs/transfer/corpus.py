@@ -2,7 +2,6 @@
 """Open the images of a job so that all of them fit one model."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,9 @@ import torch
 
 from anabranch.data.images import SHIPPED, Images, concat, open_images
 from anabranch.errors import UsageError
+from anabranch.jobs.resumed import same_as_before
 from anabranch.measure import probes
 from anabranch.models.bridge import bridge
-from anabranch.train.publish import write_json
 
 TEST_SHARE = 0.5
 
@@ -59,26 +58,16 @@ def is_same(spec: str, other: str) -> bool:
 
 def check_same_images(run: Path, sets: Sequence[Images]) -> None:
     """A resumed run has to see the images that it began with: same count, names and pixels (of a sample)."""
-    found = {f"{i} {images.name}": digest(images) for i, images in enumerate(sets)}
-    file = run / "images.json"
-    if not file.exists():
-        write_json(file, found)
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    changed = [name.partition(" ")[2] for name in found if found[name] != before.get(name)]
-    if changed:
-        raise UsageError(
-            f"the images of {', '.join(changed)} are not those that the run began with",
-            expected="unchanged folders",
-            hint="restore them, or start anew with another --out",
-        )
+    same_as_before(
+        run / "images.json", {f"images {i} ({images.name})": digest(images) for i, images in enumerate(sets, 1)}
+    )
 
 
 def digest(images: Images, sample: int = 500) -> str:
     rows = torch.linspace(0, len(images) - 1, min(sample, len(images))).long()
     state = hashlib.sha256(f"{len(images)} {images.files}".encode())
     state.update(images.store.read(rows).numpy().tobytes())
-    return state.hexdigest()
+    return state.hexdigest()[:32]
 
 
 def open_together(

@@ -25,7 +25,7 @@ from anabranch.jobs.parallel import side_by_side
 from anabranch.jobs.progress import Progress
 from anabranch.jobs.results import measured
 from anabranch.jobs.settings import plain_values_of
-from anabranch.jobs.together import Beat, first_alone, rank, share
+from anabranch.jobs.together import Beat, rank, share
 from anabranch.jobs.transfer.corpus import (
     at_most,
     check_names,
@@ -81,7 +81,7 @@ def measure(settings: MeasureSettings) -> Results:
     """Train, probe, summarise; writes transfer.json and report.html into the run and returns what the former holds."""
     corpus = open_corpus(settings)
     with StopFlag() as stop, RunFolder.open(settings.out, plain_values_of(settings), settings.resume) as run:
-        first_alone(lambda: check_same_images(run.path, [*corpus.sources, *corpus.tasks]))
+        check_same_images(run.path, [*corpus.sources, *corpus.tasks])
         cells = plan(settings, corpus)
         made_with = {"settings": plain_values_of(settings), "version": __version__}
         shared = (settings, corpus, run.path)

@@ -58,7 +58,7 @@ def open_pool(settings: PretrainSettings) -> Images:
 
 def note_images(images: Images, run: Path) -> None:
     """Unreadable images are listed in quarantine.jsonl; a resumed run has to see the images that it began with."""
-    first_alone(lambda: check_same_images(run, [images]))
+    check_same_images(run, [images])
     if processes().is_main_process and images.quarantine:
         write_quarantine(run / "quarantine.jsonl", images.quarantine)
         say(f"{len(images.quarantine)} unreadable images are listed in {run / 'quarantine.jsonl'}")
