@@ -13,8 +13,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from anabranch import cli
 from anabranch.errors import UsageError
-from anabranch.jobs.erase.bake import erase_bake
-from anabranch.jobs.erase.train import erase_train
 from anabranch.jobs.experts.text_mixture import save_mixture, untrained_mixture
 from anabranch.jobs.transfer.run_model import RunModel
 from anabranch.measure.experts.statistics import ExpertStats
@@ -28,7 +26,7 @@ from anabranch.specialize.mote.folder import load
 from anabranch.specialize.mote.mote import MoTE
 from anabranch.suppress.geom_erasing.adapter_folder import Adapter
 from tests.jobs.align.test_commands import FAST, chains_file, model_folder
-from tests.jobs.erase.world import CORNERS, bake_settings, labelled, saved, train_settings
+from tests.jobs.erase.world import baked
 from tests.jobs.experts.test_commands import SMALL as MIXTURE
 from tests.jobs.transfer.test_pipeline import SMALL
 
@@ -73,13 +71,7 @@ def align(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def erase(tmp_path_factory):
-    root = tmp_path_factory.mktemp("erase-cards")
-    saved(root / "model")
-    labelled(root, CORNERS)
-    erase_train(train_settings(root))
-    (root / "prompts.txt").write_text("a dress\na bag\n")
-    erase_bake(bake_settings(root))
-    return root
+    return baked(tmp_path_factory.mktemp("erase-cards"))
 
 
 @pytest.fixture(scope="module")

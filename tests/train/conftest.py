@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.many import load
+
 HERE = Path(__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -15,10 +16,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 @pytest.fixture(scope="session")
 def tiny():
     """The module tiny.py, which the worker scripts import as well."""
-    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(HERE / "tiny.py")
 
 
 @pytest.fixture(scope="module")

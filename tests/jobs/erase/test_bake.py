@@ -12,28 +12,18 @@ from anabranch.errors import CheckFailed, Stopped, UsageError
 from anabranch.jobs.erase import bake as job
 from anabranch.jobs.erase.bake import erase_bake, read_prompts
 from anabranch.jobs.erase.sample import erase_sample
-from anabranch.jobs.erase.train import erase_train
 from tests.jobs.erase.world import (
-    CORNERS,
     bake_settings,
+    baked,
     config_of,
     everything,
-    labelled,
     sample_settings,
-    saved,
-    train_settings,
 )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("made")
-    saved(root / "model")
-    labelled(root, CORNERS)
-    erase_train(train_settings(root))
-    (root / "prompts.txt").write_text("a dress\n\n  a bag  \na dress\n")
-    erase_bake(bake_settings(root))
-    return root
+    return baked(tmp_path_factory.mktemp("made"), "a dress\n\n  a bag  \na dress\n")
 
 
 def test_pictures_are_drawn_with_as_many_steps_as_were_asked_for(made, tmp_path, monkeypatch):

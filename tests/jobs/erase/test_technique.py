@@ -13,25 +13,17 @@ import torch
 
 import anabranch
 from anabranch.errors import UsageError
-from anabranch.jobs.erase.bake import erase_bake
 from anabranch.jobs.erase.technique import GeomErasing
-from anabranch.jobs.erase.train import erase_train
 from anabranch.models.diffusion.family import open_pipeline
 from anabranch.suppress.geom_erasing.adapter import apply
-from tests.jobs.erase.world import CORNERS, bake_settings, labelled, saved, train_settings
+from tests.jobs.erase.world import baked
 
 PROMPTS = ["a dress", "a bag", "a dress"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("technique")
-    saved(root / "model")
-    labelled(root, CORNERS)
-    erase_train(train_settings(root))
-    (root / "prompts.txt").write_text("a dress\na bag\n")
-    erase_bake(bake_settings(root))
-    return root
+    return baked(tmp_path_factory.mktemp("technique"))
 
 
 def config(root, **more):

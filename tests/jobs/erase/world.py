@@ -8,7 +8,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from anabranch.data.labels import Label, write_labels
+from anabranch.jobs.erase.bake import erase_bake
 from anabranch.jobs.erase.settings import BakeSettings, SampleSettings, TrainSettings
+from anabranch.jobs.erase.train import erase_train
 from anabranch.models.diffusion.family import save_pipeline
 from tests.diffusion_pipelines import tiny
 
@@ -99,6 +101,16 @@ def bake_settings(root, **changes):
         "r": 2,
     }
     return BakeSettings(**(given | changes))
+
+
+def baked(root, prompts="a dress\na bag\n"):
+    """A model, labelled pictures, an eraser of that model, and a LoRA baked from it, all in one folder."""
+    saved(root / "model")
+    labelled(root, CORNERS)
+    erase_train(train_settings(root))
+    (root / "prompts.txt").write_text(prompts)
+    erase_bake(bake_settings(root))
+    return root
 
 
 def everything(folder):
