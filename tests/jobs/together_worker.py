@@ -26,7 +26,9 @@ def main(what, *arguments):
     torch.set_num_threads(1)
     if what == "command":
         embed.CHUNK = CHUNK
-        sys.exit(cli.main(list(arguments)))
+        code = cli.main(list(arguments))
+        threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        sys.exit("still connected" if any("gloo" in name for name in threads) else code)
     try:
         (cells if what in ("cells", "stopped") else pieces)(what, Path(arguments[0]))
     except AnabranchError as error:

@@ -29,6 +29,11 @@ def one_process(tiny, tmp_path_factory):
     return folder, train(tiny.TinyObjective(dropout=0.0, batch_norm=False), tiny.TinyStream(), config, folder).losses
 
 
+def test_nothing_is_connected_when_the_interpreter_ends(two_processes):
+    """A thread of a connection that asks a dying interpreter for its lock aborts the process, now and then."""
+    assert [rank["connected"] for rank in two_processes[1]] == [[], []]
+
+
 def test_losses_and_parameters_are_those_of_one_process(two_processes, one_process):
     folder, ranks = two_processes
     for rank in ranks:

@@ -17,6 +17,10 @@ from accelerate import PartialState
 
 from anabranch.errors import AnabranchError, UsageError
 
+if torch.distributed.is_available():
+    import torch.distributed.nn.functional  # noqa: F401  its defaults are the group of the moment: loaded later, as by
+    # DDP, they would hold a connection that `disconnect` could not end
+
 TIMEOUT = "ANABRANCH_TIMEOUT"
 SECONDS = 600.0
 LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
