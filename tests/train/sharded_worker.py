@@ -193,8 +193,10 @@ def main(mode, folder, *names):
     except AnabranchError as error:
         print(error, flush=True)
         sys.exit(error.exit_code)
-    (Path(folder) / f"{mode}-{rank()}.json").write_text(json.dumps(findings))
     disconnect()
+    threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    findings["connected"] = [name for name in threads if "gloo" in name]
+    (Path(folder) / f"{mode}-{rank()}.json").write_text(json.dumps(findings))
 
 
 if __name__ == "__main__":

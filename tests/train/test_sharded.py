@@ -284,6 +284,11 @@ def trained(request, tmp_path_factory):
     return folder, names, read_all(folder, "equal", world)
 
 
+def test_nothing_is_connected_when_the_interpreter_ends(runs):
+    """A mesh of sharded weights stays in torch's caches, and its connection with it."""
+    assert [rank["connected"] for world in (2, 4) for rank in runs[1][world]] == [[]] * 6
+
+
 @pytest.mark.parametrize(
     "trained",
     [(2, FAST), pytest.param((2, SLOW), marks=pytest.mark.slow), pytest.param((4, FAST), marks=pytest.mark.slow)],

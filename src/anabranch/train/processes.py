@@ -7,6 +7,7 @@ killed is noticed at once, for its connections close; the limit is for one that 
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -70,10 +71,14 @@ def disconnect() -> None:
     Leaves the other processes, before the interpreter ends.
 
     A connection that is still open then, be it in a cycle of a wrapped model, has threads that give back tensors; one
-    that asks a dying interpreter for its lock aborts the process (exit -6 after a finished run).
+    that asks a dying interpreter for its lock aborts the process (exit -6 after a finished run). A mesh of sharded
+    weights lies in torch's own caches to the end: it is made to let go of the connection.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()
+        if devices := sys.modules.get("torch.distributed.device_mesh"):
+            for mesh in [kept for kept in gc.get_objects() if type(kept) is devices.DeviceMesh]:
+                getattr(mesh, "_pg_registry", {}).clear()
         torch.distributed.destroy_process_group()
 
 
