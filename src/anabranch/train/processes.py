@@ -19,8 +19,8 @@ from accelerate import PartialState
 from anabranch.errors import AnabranchError, UsageError
 
 if torch.distributed.is_available():
-    import torch.distributed.nn.functional  # noqa: F401  its defaults are the group of the moment: loaded later, as by
-    # DDP, they would hold a connection that `disconnect` could not end
+    # Its defaults are the group of the moment: loaded later, as by DDP, they would hold a connection to the very end.
+    import torch.distributed.nn.functional
 
 TIMEOUT = "ANABRANCH_TIMEOUT"
 SECONDS = 600.0
