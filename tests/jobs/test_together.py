@@ -40,6 +40,7 @@ def test_pieces_of_shared_work_and_the_ways_in_which_it_ends(tmp_path):
     assert (first["share"], second["share"]) == ([0, 2, 4, 6], [1, 3, 5])
     assert first["summed"] == second["summed"] == [2.0, 1.0]
     assert (first["first"], second["first"]) == ("by 0", None)
+    assert (tmp_path / "once" / "by").read_text() == "0"
     expected = torch.cat([c.cumsum(0) * 3 for c in torch.arange(28, dtype=torch.float32).view(14, 2).split(3)])
     assert second["gathered"] is None
     assert first["gathered"] == expected.tolist()

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Context:
     ids: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name to (B,) int64, the cluster, task or domain of each sample; or to (B, N), the step of each token."""
+    """Name to (B,) int64, the cluster, task or domain of each sample; or to (B, N), the step of each token.
+    Not to be changed in place: layers keep what they make of them."""
     training: bool | None = None
     """Whether routers explore (gate noise). None: as the layer's own train or eval mode."""
     generator: torch.Generator | None = None

@@ -27,7 +27,8 @@ A method that cannot give what applies to it says so in its card, with the reaso
     Exempt    : samples (their order is what is measured); padding (masked upstream)
 
 What is neither checked nor exempt is a failure, and so is an exemption that is not needed: at seed 0, as another seed
-may not draw the case. A refusal in our own words counts as not holding, any other error as a failure.
+may not draw the case. A refusal (an error of ours, or a ValueError) counts as not holding, any other error
+as a failure.
 """
 
 import inspect

@@ -35,8 +35,6 @@ from anabranch.swap import swap_text
 from anabranch.train.run_folder import RunFolder
 from anabranch.train.signals import StopFlag
 
-"""Escaped in rows: some readers would end a line there."""
-
 
 def align_chain(settings: ChainSettings) -> dict[str, Any]:
     """Write settings.out and its report; returns the report."""

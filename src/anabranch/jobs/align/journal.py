@@ -13,6 +13,7 @@ from anabranch.swap import sync
 
 SEEN, JOURNAL = "seen.json", "journal.jsonl"
 LINE_BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+"""Escaped in rows: some readers would end a line there."""
 
 
 def run_of(out: Path) -> Path:

@@ -34,6 +34,7 @@ from anabranch.jobs.transfer.stages import (
     open_run,
     plain_stream,
     publish,
+    publish_once,
     second_stage,
     start_model,
     train_stage,
@@ -76,8 +77,7 @@ def obtain_plain(settings: PretrainSettings, images: Images, run: Path) -> nn.Mo
         stream = plain_stream(settings, images, model, settings.seed)
         with failing_in("phase 0"):
             train_stage(settings, plain, stream, base_steps(settings), run / "base-training", settings.learning_rate)
-        if not (run / "base").exists():
-            publish(run / "base", lambda folder: model.eval().save_pretrained(folder))
+        publish_once(run / "base", lambda folder: model.eval().save_pretrained(folder))
     return plain.eval()
 
 

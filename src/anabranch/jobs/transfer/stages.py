@@ -74,8 +74,7 @@ def start_model(settings: PretrainSettings, images: Images, run: Path) -> nn.Mod
         return fresh
     base: nn.Module = family.load(settings.base)
     base.config.image_size = images.image_size  # a ResNet from elsewhere names none
-    if not (run / "base").exists():
-        publish(run / "base", base.save_pretrained)
+    publish_once(run / "base", base.save_pretrained)
     return base
 
 
@@ -161,6 +160,11 @@ def touched(
 def publish(folder: Path, write: Callable[[Path], Any]) -> None:
     """The first process writes; nobody goes on before it is there."""
     first_alone(lambda: replace_folder(write, folder))
+
+
+def publish_once(folder: Path, write: Callable[[Path], Any]) -> None:
+    """As `publish`, if it is not there yet: the first process looks, for a later one would see what that one wrote."""
+    first_alone(lambda: None if folder.exists() else replace_folder(write, folder))
 
 
 def pixel_statistics(images: Images) -> dict[str, list[float]]:
