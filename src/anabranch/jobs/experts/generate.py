@@ -18,6 +18,7 @@ from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
 from anabranch.reuse.steer import scmoe
 from anabranch.reuse.steer.recipe import Recipe
+from anabranch.swap import swap_text
 from anabranch.train.publish import publish_folder
 from anabranch.train.run_folder import place_for
 
@@ -154,7 +155,7 @@ def export(
 def tell(settings: GenerateSettings, rows: Sequence[dict[str, str]]) -> None:
     if settings.out is not None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        settings.out.write_text(lines, encoding="utf-8")
+        swap_text(lines, settings.out)
         print(f"{len(rows)} texts  {settings.out}")
         return
     for row in rows:

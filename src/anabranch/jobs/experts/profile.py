@@ -31,6 +31,7 @@ from anabranch.measure.experts.statistics import Collector, ExpertStats, notes_o
 from anabranch.models.language.folder import hushed, open_language_model
 from anabranch.models.mixtures.fingerprint import fingerprint
 from anabranch.models.mixtures.layers import MixtureLayer, open_layers
+from anabranch.swap import swap_text
 from anabranch.train.processes import launched
 from anabranch.train.run_folder import place_for
 from anabranch.train.signals import StopFlag
@@ -62,8 +63,8 @@ def experts_profile(settings: ProfileSettings) -> ExpertStats:
 
 def write(settings: ProfileSettings, stats: ExpertStats) -> None:
     stats.save(settings.out)
-    told = settings.out.with_name(f"{settings.out.name}.json")
-    told.write_text(json.dumps(described(settings, stats), indent=1) + "\n", encoding="utf-8")
+    told = json.dumps(described(settings, stats), indent=1) + "\n"
+    swap_text(told, settings.out.with_name(f"{settings.out.name}.json"))
 
 
 def passes(

@@ -22,6 +22,7 @@ from anabranch.jobs.experts.settings import RankSettings
 from anabranch.jobs.results import ranked as of_ranking
 from anabranch.measure.experts.statistics import OUTPUTS, RESIDUAL, ExpertStats
 from anabranch.report.result import Results
+from anabranch.swap import swap_text
 from anabranch.train.run_folder import place_for
 
 RANDOM = "random"
@@ -51,7 +52,7 @@ def experts_rank(settings: RankSettings) -> Results:
     tell(settings, stats, found)
     told = described(settings, stats, found)
     if settings.out is not None:
-        settings.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        swap_text(json.dumps(told, indent=1) + "\n", settings.out)
     return Results(found, of_ranking(told).tables)
 
 
