@@ -97,6 +97,17 @@ def test_contract_of_an_adjustment_that_only_selects():
     )
 
 
+def test_an_adjustment_that_declares_nothing_chooses_and_weighs_nothing():
+    router = Router(
+        LinearScore(8, 4, generator=seeded(1)), adjust=[ExpertBias(torch.tensor([0.0, 0.0, 0.0, 50.0]))], weigh=prob
+    )
+    x = torch.randn(2, 5, 8, generator=seeded(0))
+    routing = tokens(x, router)
+    expected = router.score(x).softmax(-1)[..., 3].flatten()
+    assert routing.selected_experts.eq(3).all()
+    torch.testing.assert_close(routing.routing_weights[:, 0], expected)
+
+
 def test_contract_finds_a_router_that_couples_the_batch():
     def share_of_the_batch(router_logits, selected_experts):
         return router_logits.softmax(0).gather(1, selected_experts)
