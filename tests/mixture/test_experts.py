@@ -93,6 +93,8 @@ def test_drop_keeps_the_rest_and_merge_is_the_weighted_sum(small):
     weights = torch.tensor([[0.25, 0.75, 0, 0], [0, 0, -1.0, 2.0]])
     merged = bank.merge(weights)
     assert merged.num_experts == 2
+    alone = bank.take([1])
+    assert torch.allclose(alone.merge(torch.tensor([[0.5]]))[0].fc1.weight, 0.5 * bank[1].fc1.weight)
     assert torch.allclose(merged[0].fc1.weight, 0.25 * bank[0].fc1.weight + 0.75 * bank[1].fc1.weight)
     assert torch.allclose(merged[1].fc2.bias, 2 * bank[3].fc2.bias - bank[2].fc2.bias)
     with pytest.raises(UsageError, match=r"expected: \(M, 4\)(.|\n)*received: \(2, 3\)"):

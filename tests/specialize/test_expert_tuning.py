@@ -151,9 +151,10 @@ def test_rows_that_fill_a_shorter_batch_up_count_in_nothing():
         torch.testing.assert_close(filled.adapter.tensors[name], value, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_losses_of_a_model_in_half_precision_fall_as_they_do_in_float32(precision):
-    """Steps of this rate are below the rounding of most weights, and would be lost in them."""
+@pytest.mark.parametrize(("precision", "rounding"), [(torch.bfloat16, 0.03), (torch.float16, 0.003)])
+def test_losses_of_a_model_in_half_precision_fall_as_they_do_in_float32(precision, rounding):
+    """Steps of this rate are below the rounding of most weights, and would be lost in them. What is left is rounding
+    in the forward pass: over six draws of ids at most .012 and .0011 of the fall."""
     ids = torch.randint(3, 97, (4, 8), generator=torch.Generator().manual_seed(0))
     batches, falls = [batch_of(ids)] * 30, {}
     for kind in (precision, torch.float32):
@@ -161,7 +162,7 @@ def test_losses_of_a_model_in_half_precision_fall_as_they_do_in_float32(precisio
                       Training(steps=30, learning_rate=1e-3)).losses  # fmt: skip
         falls[kind] = losses[0] - losses[-1]
     assert falls[torch.float32] > 0.01
-    assert falls[precision] == pytest.approx(falls[torch.float32], rel=0.1)
+    assert falls[precision] == pytest.approx(falls[torch.float32], rel=rounding)
 
 
 def test_adapters_by_names_of_modules_miss_stacked_experts_and_slices_reach_them():

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.many import load
+from tests.many import ONE_THREAD, TESTS, load
 
 HERE = Path(__file__).parent
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +25,8 @@ def start_worker():
 
     def start(script, *arguments, launcher=()):
         command = [*launcher, sys.executable, str(HERE / script), *map(str, arguments)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD}
-        )
+        environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(TESTS.parent)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         started.append(process)
         return process
 

@@ -13,6 +13,7 @@ from tiny import TinyObjective, TinyStream
 from anabranch.errors import AnabranchError, UsageError
 from anabranch.train.loop import TrainConfig, train
 from anabranch.train.processes import disconnect
+from tests.many import connected
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -75,8 +76,7 @@ def main(mode, folder="."):
         print(error, flush=True)
         sys.exit(error.exit_code)
     disconnect()
-    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    findings["connected"] = [name for name in threads if "gloo" in name]
+    findings["connected"] = connected()
     (Path(folder) / f"rank-{RANK}.json").write_text(json.dumps(findings))
 
 
